@@ -1,0 +1,483 @@
+"""What are the pixels and the labels? Label spaces, the four datasets, joint transforms, samplers.
+
+    from alda.datasets import open_dataset, JointTransform, TrainingView, EndlessSampler
+    source = open_dataset("gta5", "/data")                # /data/gta5/images, /data/gta5/labels
+    target = open_dataset("cityscapes", "/data", "train")  # /data/cityscapes/leftImg8bit/train, .../gtFine/train
+
+GTA5: Richter et al., arXiv 1608.02192. SYNTHIA-RAND-CITYSCAPES: Ros et al., CVPR 2016. Cityscapes: Cordts et al.,
+arXiv 1604.01685. ACDC: Sakaridis et al., arXiv 2104.13395. Class-balanced source sampling: RIPU's official code.
+
+Axes: N images, C classes, H rows, W columns. Labels are uint8 train ids 0..18 with 255 = ignore, everywhere.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.io import ImageReadMode, decode_image
+
+from alda.errors import InputError
+
+IGNORE = 255
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Class(NamedTuple):
+    """One row of the class table; a class's train id is its place in the table."""
+
+    name: str
+    colour: tuple[int, int, int]  # RGB of the Cityscapes palette
+    cityscapes_id: int  # also the GTA5 palette index and the ACDC label id
+    synthia_id: int | None  # None: SYNTHIA does not have the class
+
+
+CLASSES = (
+    Class("road", (128, 64, 128), 7, 3),
+    Class("sidewalk", (244, 35, 232), 8, 4),
+    Class("building", (70, 70, 70), 11, 2),
+    Class("wall", (102, 102, 156), 12, 21),
+    Class("fence", (190, 153, 153), 13, 5),
+    Class("pole", (153, 153, 153), 17, 7),
+    Class("traffic light", (250, 170, 30), 19, 15),
+    Class("traffic sign", (220, 220, 0), 20, 9),
+    Class("vegetation", (107, 142, 35), 21, 6),
+    Class("terrain", (152, 251, 152), 22, None),
+    Class("sky", (70, 130, 180), 23, 1),
+    Class("person", (220, 20, 60), 24, 10),
+    Class("rider", (255, 0, 0), 25, 17),
+    Class("car", (0, 0, 142), 26, 8),
+    Class("truck", (0, 0, 70), 27, None),
+    Class("bus", (0, 60, 100), 28, 19),
+    Class("train", (0, 80, 100), 31, None),
+    Class("motorcycle", (0, 0, 230), 32, 12),
+    Class("bicycle", (119, 11, 32), 33, 11),
+)
+NUM_CLASSES = len(CLASSES)
+NAMES = tuple(c.name for c in CLASSES)
+SYNTHIA_16 = tuple(i for i, c in enumerate(CLASSES) if c.synthia_id is not None)
+SYNTHIA_13 = tuple(i for i in SYNTHIA_16 if NAMES[i] not in ("wall", "fence", "pole"))
+CLASS_SETS = {"19": tuple(range(NUM_CLASSES)), "16": SYNTHIA_16, "13": SYNTHIA_13}
+
+_UNKNOWN = 254  # marks ids that no dataset defines, so that a wrong file is an error and not 19 classes of ignore
+_LARGEST_ID = {"cityscapes": 34, "synthia": 22}  # Cityscapes and GTA5 define 0..33 and the licence plate (34)
+
+
+def id_map(space: str) -> np.ndarray:
+    """The (256,) uint8 table from raw ids of `space` ("cityscapes", "synthia" or "train") to train ids.
+
+    Known ids without a train id map to 255, ids that the label space does not define to 254 (an error when met).
+    """
+    table = np.full(256, _UNKNOWN, np.uint8)
+    if space == "train":
+        table[:NUM_CLASSES] = np.arange(NUM_CLASSES)
+    else:
+        table[: _LARGEST_ID[space] + 1] = IGNORE
+        for train_id, c in enumerate(CLASSES):
+            raw = c.cityscapes_id if space == "cityscapes" else c.synthia_id
+            if raw is not None:
+                table[raw] = train_id
+    table[IGNORE] = IGNORE
+    return table
+
+
+def to_label_ids(labels: np.ndarray) -> np.ndarray:
+    """Train ids (H,W) uint8 to Cityscapes label ids (H,W) uint8, as the Cityscapes server takes them; 255 becomes 0."""
+    table = np.zeros(256, np.uint8)
+    table[:NUM_CLASSES] = [c.cityscapes_id for c in CLASSES]
+    return table[labels]
+
+
+def colourise(labels: np.ndarray) -> np.ndarray:
+    """Train ids (H,W) to RGB (H,W,3) uint8 in the class colours; 255 is black."""
+    palette = np.zeros((256, 3), np.uint8)
+    palette[:NUM_CLASSES] = [c.colour for c in CLASSES]
+    return palette[labels]
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+class Sample(NamedTuple):
+    """One image of a dataset. `label` is None where a dataset publishes none (Cityscapes and ACDC test)."""
+
+    id: str  # unique in its dataset; names the files of a query round
+    image: Path
+    label: Path | None
+    group: str  # the city, the weather condition, or the dataset's own name
+    size: tuple[int, int]  # (H, W) of the image file
+
+
+def read_image(path: Path) -> torch.Tensor:
+    """The image as (3,H,W) uint8 RGB. Raises InputError naming a missing, unreadable or truncated file."""
+    try:
+        with Image.open(path) as picture:
+            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)  # (H,W,3) -> (3,H,W)
+    except (OSError, SyntaxError) as error:
+        raise InputError(
+            f"{path}: cannot be read as an image ({_first_line(error)}); copy it again or remove it"
+        ) from None
+
+
+def read_label(path: Path, space: str) -> torch.Tensor:
+    """The label file as (H,W) uint8 train ids.
+
+    `space` is "cityscapes" (GTA5, Cityscapes, ACDC: palette or single-channel PNG) or "synthia" (16-bit RGB PNG, class in
+    channel 0; Pillow opens those as 8 bit and silently returns zeros, torchvision reads them). A file that ends in
+    `_labelTrainIds.png` holds train ids. Raises InputError naming the file when it cannot be read, has the wrong kind of
+    channels, or holds ids that the label space does not define.
+    """
+    try:
+        if space == "synthia":
+            raw = decode_image(str(path), ImageReadMode.UNCHANGED)
+            if raw.dtype != torch.uint16 or raw.shape[0] < 3:
+                kind = f"{raw.shape[0]} channels of {raw.dtype}"
+                raise InputError(f"{path}: expected a 16-bit RGB PNG (SYNTHIA's GT/LABELS), found {kind}")
+            ids = raw[0].numpy()
+        else:
+            with Image.open(path) as picture:
+                if picture.mode not in ("P", "L", "I;16", "I"):
+                    raise InputError(
+                        f"{path}: expected label ids (palette or single-channel PNG), found a {picture.mode} picture; "
+                        "colour renderings cannot be used, take the *_labelIds files or GTA5's palette PNGs"
+                    )
+                ids = np.array(picture)
+    except (RuntimeError, OSError, SyntaxError) as error:
+        raise InputError(
+            f"{path}: cannot be read as a label ({_first_line(error)}); copy it again or remove it"
+        ) from None
+    table = id_map("train" if path.name.endswith("_labelTrainIds.png") else space)
+    labels = np.where(ids > 255, _UNKNOWN, table[np.minimum(ids, 255)]).astype(np.uint8)
+    if (labels == _UNKNOWN).any():
+        unknown = np.unique(ids[labels == _UNKNOWN])[:8].tolist()
+        raise InputError(
+            f"{path}: holds ids {unknown} that are not in the {space} label table; is it another dataset's file?"
+        )
+    return torch.from_numpy(labels)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+class SegmentationDataset(Dataset):
+    """A list of images with labels: `dataset[i]` is (image (3,H,W) uint8, labels (H,W) uint8 train ids).
+
+    The list is checked once: every image must have a label (where the split has any), every header must be readable;
+    an image whose label has another size is left out, with one warning line (GTA5 has a few of them).
+    """
+
+    def __init__(self, name: str, samples: list[Sample], space: str):
+        self.name, self.samples, self.space = name, samples, space
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def image(self, index: int) -> torch.Tensor:
+        return read_image(self.samples[index].image)
+
+    def labels(self, index: int) -> torch.Tensor:
+        sample = self.samples[index]
+        if sample.label is None:
+            raise InputError(f"{sample.image}: this split publishes no labels")
+        return read_label(sample.label, self.space)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.image(index), self.labels(index)
+
+
+_WHERE = {
+    "gta5": ("images/*.png and labels/*.png", "https://download.visinf.tu-darmstadt.de/data/from_games/"),
+    "synthia": ("RGB/*.png and GT/LABELS/*.png (SYNTHIA-RAND-CITYSCAPES)", "https://synthia-dataset.net/downloads/"),
+    "cityscapes": ("leftImg8bit/SPLIT/CITY/*.png and gtFine/SPLIT/CITY/*_labelIds.png", "https://www.cityscapes-dataset.com/"),
+    "acdc": ("rgb_anon/CONDITION/SPLIT/SEQUENCE/*.png and gt/CONDITION/SPLIT/SEQUENCE/*_labelIds.png", "https://acdc.vision.ee.ethz.ch/"),
+}  # fmt: skip
+ACDC_CONDITIONS = ("fog", "night", "rain", "snow")
+
+
+def open_dataset(name: str, root: str | Path, split: str = "train") -> SegmentationDataset:
+    """Lists the dataset `name` ("gta5", "synthia", "cityscapes", "acdc") below `root`/`name`.
+
+    `split` is "train", "val" or "test" for Cityscapes and ACDC; the sources have one split only. Raises InputError with
+    the folder looked for, what belongs in it and where it is obtained; and for images without labels.
+    """
+    if name not in _WHERE:
+        raise InputError(f"unknown dataset {name!r}; known: {', '.join(_WHERE)}")
+    base = Path(root) / name
+    found = {"gta5": _list_flat, "synthia": _list_flat, "cityscapes": _list_cityscapes, "acdc": _list_acdc}[name](
+        base, split
+    )
+    if not found:
+        content, url = _WHERE[name]
+        raise InputError(
+            f"no {name} images ({split}) below {base.resolve()}: expected {content.replace('SPLIT', split)}; "
+            f"obtain it from {url} or try the miniature world with --root toy"
+        )
+    missing = [image for _, image, label, _ in found if label is not None and not label.is_file()]
+    if missing:
+        raise InputError(
+            f"{missing[0]}: has no label file ({len(missing)} such images); unpack the labels too or remove the image"
+        )
+    space = "synthia" if name == "synthia" else "cityscapes"
+    return SegmentationDataset(name, _same_size_only(found), space)
+
+
+def _list_flat(base: Path, split: str) -> list[tuple]:
+    images, labels = ("images", "labels") if base.name == "gta5" else ("RGB", "GT/LABELS")
+    return [(p.stem, p, base / labels / p.name, base.name) for p in sorted((base / images).glob("*.png"))]
+
+
+def _list_cityscapes(base: Path, split: str) -> list[tuple]:
+    found = []
+    for image in sorted((base / "leftImg8bit" / split).glob("*/*_leftImg8bit.png")):
+        stem, city = image.name.removesuffix("_leftImg8bit.png"), image.parent.name
+        found.append((stem, image, _pick_label(base / "gtFine" / split / city, f"{stem}_gtFine", split), city))
+    return found
+
+
+def _list_acdc(base: Path, split: str) -> list[tuple]:
+    found = []
+    for condition in ACDC_CONDITIONS:
+        for image in sorted((base / "rgb_anon" / condition / split).glob("*/*_rgb_anon.png")):
+            stem, sequence = image.name.removesuffix("_rgb_anon.png"), image.parent.name
+            folder = base / "gt" / condition / split / sequence
+            found.append((stem, image, _pick_label(folder, f"{stem}_gt", split), condition))
+    return found
+
+
+def _pick_label(folder: Path, stem: str, split: str) -> Path | None:
+    """The train-id file where there is one, else the label-id file (the official one); None for the test split."""
+    train_ids = folder / f"{stem}_labelTrainIds.png"
+    if split == "test":
+        return None
+    return train_ids if train_ids.is_file() else folder / f"{stem}_labelIds.png"
+
+
+def _same_size_only(found: list[tuple]) -> list[Sample]:
+    kept, dropped = [], []
+    for stem, image, label, group in found:
+        size = _header_size(image)
+        if label is None or _header_size(label) == size:
+            kept.append(Sample(stem, image, label, group, size))
+        else:
+            dropped.append(label.name)
+    if dropped:
+        names = ", ".join(dropped[:10]) + (", ..." if len(dropped) > 10 else "")
+        print(
+            f"warning: left out {len(dropped)} of {len(found)} images whose label has another size: {names}", flush=True
+        )
+    if not kept:
+        raise InputError(
+            f"{found[0][1].parent}: every label has another size than its image; are they of another release?"
+        )
+    return kept
+
+
+def _header_size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as picture:
+            return picture.size[1], picture.size[0]
+    except (OSError, SyntaxError) as error:
+        raise InputError(
+            f"{path}: cannot be read as a picture ({_first_line(error)}); copy it again or remove it"
+        ) from None
+
+
+# ----------------------------------------------------------------------------------------------------------- transforms
+
+
+def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(3,H,W) uint8 to (3,*size) uint8, bicubic with antialiasing (RIPU resizes images bicubic)."""
+    return F.resize(image, list(size), F.InterpolationMode.BICUBIC, antialias=True)
+
+
+def resize_labels(labels: torch.Tensor, size: tuple[int, int], keep: bool = False) -> torch.Tensor:
+    """(H,W) uint8 train ids to `size` by nearest neighbour (the pixel at the cell's centre).
+
+    With `keep`, a cell whose centre pixel has no label (255) takes one from any labelled pixel that falls into it, the
+    first in raster order, so that sparse labels that were paid for are not lost in the resizing (--keep-labels).
+    """
+    if tuple(labels.shape) == tuple(size):
+        return labels
+    small = F.resize(labels[None], list(size), F.InterpolationMode.NEAREST_EXACT)[0]
+    if not keep:
+        return small
+    rows, cols = (labels != IGNORE).nonzero(as_tuple=True)
+    height, width = labels.shape
+    cell = ((2 * rows + 1) * size[0] // (2 * height)) * size[1] + (2 * cols + 1) * size[1] // (2 * width)
+    order = torch.arange(len(cell)).flip(0)  # numpy keeps the last value written: write backwards, the first wins
+    filled = np.full(size[0] * size[1], IGNORE, np.uint8)
+    filled[cell[order].numpy()] = labels[rows, cols][order].numpy()
+    return torch.where(small == IGNORE, torch.from_numpy(filled).view(*size), small)
+
+
+@dataclass(frozen=True)
+class JointTransform:
+    """Resize, scale, crop, flip and normalise an image together with its labels.
+
+    Called as `transform(image (3,H,W) uint8, labels (H,W) uint8, generator)`; gives (3,h,w) float32 normalised with
+    ImageNet's mean and deviation, and (h,w) uint8. What the crop adds beyond the image is 255 in the labels.
+    """
+
+    size: tuple[int, int] | None = None  # (H, W) to resize to; None keeps the file's size
+    scale: tuple[float, float] = (1.0, 1.0)  # range of a random further scaling
+    crop: tuple[int, int] | None = None  # (H, W) of a random crop, padded where the image is smaller
+    flip: bool = False  # mirror left and right with probability 0.5
+    keep_labels: bool = False  # see resize_labels
+
+    def __call__(self, image, labels, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        height, width = self.size or image.shape[-2:]
+        if self.scale != (1.0, 1.0):
+            low, high = self.scale
+            factor = low + (high - low) * torch.rand((), generator=generator).item()
+            height, width = round(height * factor), round(width * factor)
+        image, labels = resize_image(image, (height, width)), resize_labels(labels, (height, width), self.keep_labels)
+        image = normalise(image)
+        if self.crop:
+            image, labels = _random_crop(image, labels, self.crop, generator)
+        if self.flip and torch.rand((), generator=generator).item() < 0.5:
+            image, labels = image.flip(-1), labels.flip(-1)
+        return image, labels
+
+
+def normalise(image: torch.Tensor) -> torch.Tensor:
+    """(..., 3,H,W) uint8 RGB to float32 with ImageNet's mean and standard deviation."""
+    return F.normalize(F.to_dtype(image, torch.float32, scale=True), IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _random_crop(image, labels, crop, generator):
+    pad_h, pad_w = max(0, crop[0] - image.shape[1]), max(0, crop[1] - image.shape[2])
+    if pad_h or pad_w:
+        image = torch.nn.functional.pad(image, (0, pad_w, 0, pad_h))  # 0 is the mean colour: it is normalised already
+        labels = torch.nn.functional.pad(labels, (0, pad_w, 0, pad_h), value=IGNORE)
+    top = torch.randint(image.shape[1] - crop[0] + 1, (), generator=generator).item()
+    left = torch.randint(image.shape[2] - crop[1] + 1, (), generator=generator).item()
+    window = (slice(top, top + crop[0]), slice(left, left + crop[1]))
+    return image[(slice(None), *window)], labels[window]
+
+
+class ImagesOnly(Dataset):
+    """The images of a dataset without their labels, in order: (3,H,W) uint8 (for scoring the target set)."""
+
+    def __init__(self, dataset: SegmentationDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.dataset.image(index)
+
+
+def load(dataset: Dataset, workers: int, **options) -> DataLoader:
+    """A DataLoader that leaves torch's global random state alone (it would draw from it at every start)."""
+    return DataLoader(dataset, num_workers=workers, generator=torch.Generator(), **options)
+
+
+class TrainingView(Dataset):
+    """A dataset seen through a JointTransform, indexed by the (draw, index) pairs of EndlessSampler.
+
+    The augmentation of a sample depends on the seed and its draw number alone, never on the process that loads it: the
+    same run gives the same bits with any number of workers. `labels_of(index)`, where given, replaces the dataset's own
+    labels ((H,W) uint8; for queried targets: the union of the answers so far).
+    """
+
+    def __init__(self, dataset: SegmentationDataset, transform: JointTransform, seed: int, labels_of=None):
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+        self.labels_of = labels_of or dataset.labels
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        draw, index = key
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, draw))
+        return self.transform(self.dataset.image(index), self.labels_of(index), generator)
+
+
+# ------------------------------------------------------------------------------------------------------------- samplers
+
+
+def mix_seed(*parts: int) -> int:
+    """One 63-bit seed from several integers; different parts give unrelated streams (numpy's SeedSequence)."""
+    return int(np.random.SeedSequence([p & 0xFFFFFFFF for p in parts]).generate_state(1, np.uint64)[0] >> 1)
+
+
+class EndlessSampler(Sampler):
+    """Yields (draw, index) for ever: draw counts 0, 1, 2, ... and index is the image drawn.
+
+    Each pass over the data is a fresh permutation, a pure function of (seed, pass); so the whole state is the draw
+    number. `state_dict()` / `load_state_dict()` save and restore it. With `world` processes, process `rank` gets the
+    draws d with d % world == rank. With `presence` ((N,C) bool, which image holds which class) a pass is the
+    class-balanced order of `balanced_order`.
+    """
+
+    def __init__(self, length: int, seed: int, rank: int = 0, world: int = 1, presence: np.ndarray | None = None):
+        self.length, self.seed, self.rank, self.world, self.presence = length, seed, rank, world, presence
+        self.position = 0  # draws of all processes together before the next one
+
+    def order(self, number: int) -> np.ndarray:
+        """The image indices of pass `number`, int64."""
+        rng = np.random.default_rng([self.seed, number])
+        return rng.permutation(self.length) if self.presence is None else balanced_order(self.presence, rng)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        number, order, start = -1, np.empty(0, np.int64), 0
+        draw = self.position + (self.rank - self.position) % self.world
+        while True:
+            while draw >= start + len(order):
+                start += len(order)
+                number += 1
+                order = self.order(number)
+            yield draw, int(order[draw - start])
+            draw += self.world
+
+    def state_dict(self) -> dict:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.position = state["position"]
+
+
+def balanced_order(presence: np.ndarray, rng: np.random.Generator, sub_epoch: int = 3000) -> np.ndarray:
+    """One sub-epoch of class-balanced source images (RIPU's official code; the paper is silent): indices, int64.
+
+    A class is drawn with probability proportional to 1 / log(1.01 + its share of the draws so far), then an image that
+    holds it and is not used yet in this sub-epoch. Classes with no unused image left are not drawn. `presence` (N,C) bool.
+    """
+    images, classes = presence.shape
+    queues = [list(rng.permutation(np.flatnonzero(presence[:, c]))) for c in range(classes)]
+    used, drawn, order = np.zeros(images, bool), np.zeros(classes), []
+    target = min(sub_epoch, int(presence.any(1).sum()))
+    while len(order) < target:
+        share = drawn / max(1.0, drawn.sum())
+        weight = np.array([1 / math.log(1.01 + s) if q else 0.0 for s, q in zip(share, queues, strict=True)])
+        c = int(rng.choice(classes, p=weight / weight.sum()))
+        while queues[c] and used[queues[c][-1]]:
+            queues[c].pop()
+        if queues[c]:
+            index = queues[c].pop()
+            used[index] = True
+            drawn[c] += 1
+            order.append(index)
+    return np.array(order, np.int64)
+
+
+def class_presence(dataset: SegmentationDataset, workers: int = 0) -> np.ndarray:
+    """Which image holds which class: (N,C) bool, from one read of every label file (published lists are not needed)."""
+    rows = load(_Presence(dataset), workers, batch_size=None)
+    return np.stack([row.numpy() for row in rows])
+
+
+class _Presence(Dataset):
+    def __init__(self, dataset: SegmentationDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.bincount(self.dataset.labels(index).flatten().long(), minlength=256)[:NUM_CLASSES] > 0

@@ -1,0 +1,269 @@
+"""Label spaces, readers, transforms and samplers."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from alda import datasets as D
+from alda.errors import InputError
+from alda.toy import write_png16
+
+
+def put(path, array, mode=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array, mode).save(path) if mode is None else array.save(path)
+
+
+def gta5_pair(root, name, labels, image_size=None, palette=True):
+    height, width = image_size or labels.shape
+    put(root / "gta5/images" / name, np.zeros((height, width, 3), np.uint8))
+    picture = Image.fromarray(labels, "P" if palette else "L")
+    if palette:
+        picture.putpalette(np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes())
+    (root / "gta5/labels").mkdir(parents=True, exist_ok=True)
+    picture.save(root / "gta5/labels" / name)
+
+
+def cityscapes_pair(root, split="train", city="ulm", labels=None, suffix="labelIds"):
+    labels = np.full((4, 6), 7, np.uint8) if labels is None else labels
+    stem = f"{city}_000000_000019"
+    put(root / f"cityscapes/leftImg8bit/{split}/{city}/{stem}_leftImg8bit.png", np.zeros((*labels.shape, 3), np.uint8))
+    put(root / f"cityscapes/gtFine/{split}/{city}/{stem}_gtFine_{suffix}.png", labels)
+
+
+# ---------------------------------------------------------------------------------------------------------- label maps
+
+
+@pytest.mark.parametrize("space", ["cityscapes", "synthia"])
+def test_every_class_survives_the_way_into_the_train_space_and_back(space):
+    table = D.id_map(space)
+    for train_id, c in enumerate(D.CLASSES):
+        raw = c.cityscapes_id if space == "cityscapes" else c.synthia_id
+        if raw is not None:
+            assert table[raw] == train_id, (c.name, raw, table[raw])
+    known = [t for t in table.tolist() if t < D.NUM_CLASSES]
+    assert len(known) == len(set(known)) == (19 if space == "cityscapes" else 16)  # no two ids give one class
+
+
+def test_label_ids_invert_the_cityscapes_map():
+    train = np.arange(19, dtype=np.uint8)
+    assert (D.id_map("cityscapes")[D.to_label_ids(train)] == train).all()
+    assert D.to_label_ids(np.array([255], np.uint8))[0] == 0
+
+
+def test_hand_picked_ids():
+    assert D.id_map("cityscapes")[[7, 24, 33, 0, 34, 99]].tolist() == [0, 11, 18, 255, 255, 254]
+    assert D.id_map("synthia")[[3, 1, 10, 13, 22, 23]].tolist() == [0, 10, 11, 255, 255, 254]
+    assert D.SYNTHIA_16 == (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 15, 17, 18)
+    assert D.SYNTHIA_13 == (0, 1, 2, 6, 7, 8, 10, 11, 12, 13, 15, 17, 18)
+
+
+# -------------------------------------------------------------------------------------------------------------- readers
+
+
+@pytest.mark.parametrize("palette", [True, False])
+def test_gta5_reads_palette_and_single_channel_labels(tmp_path, palette):
+    labels = np.array([[7, 8, 11], [26, 0, 34]], np.uint8)
+    gta5_pair(tmp_path, "00001.png", labels, palette=palette)
+    image, found = D.open_dataset("gta5", tmp_path)[0]
+    assert image.shape == (3, 2, 3) and image.dtype == torch.uint8
+    assert found.tolist() == [[0, 1, 2], [13, 255, 255]]
+
+
+def test_synthia_reads_sixteen_bit_labels_that_pillow_cannot(tmp_path):
+    raw = np.zeros((2, 3, 3), np.uint16)
+    raw[..., 0] = [[3, 4, 2], [8, 22, 0]]
+    raw[..., 1] = 700  # instance ids above 8 bit
+    put(tmp_path / "synthia/RGB/0000000.png", np.zeros((2, 3, 3), np.uint8))
+    path = tmp_path / "synthia/GT/LABELS/0000000.png"
+    path.parent.mkdir(parents=True)
+    write_png16(path, raw)
+    assert D.open_dataset("synthia", tmp_path)[0][1].tolist() == [[0, 1, 2], [13, 255, 255]]
+    assert np.array(Image.open(path))[..., 0].max() == 0  # Pillow drops the low byte: all zeros, without a word
+
+
+def test_cityscapes_prefers_train_ids_and_tells_cities(tmp_path):
+    cityscapes_pair(tmp_path, city="ulm")
+    cityscapes_pair(tmp_path, city="jena")
+    cityscapes_pair(tmp_path, city="jena", labels=np.full((4, 6), 5, np.uint8), suffix="labelTrainIds")
+    data = D.open_dataset("cityscapes", tmp_path)
+    assert [s.group for s in data.samples] == ["jena", "ulm"] and data.samples[0].id == "jena_000000_000019"
+    assert (data.labels(0) == 5).all() and (data.labels(1) == 0).all()
+
+
+def test_cityscapes_test_split_has_no_labels(tmp_path):
+    put(tmp_path / "cityscapes/leftImg8bit/test/bonn/bonn_000000_000019_leftImg8bit.png", np.zeros((4, 6, 3), np.uint8))
+    data = D.open_dataset("cityscapes", tmp_path, "test")
+    assert data.image(0).shape == (3, 4, 6)
+    with pytest.raises(InputError, match="publishes no labels"):
+        data.labels(0)
+
+
+def test_acdc_lists_its_four_conditions(tmp_path):
+    for condition in ("fog", "night", "rain", "snow"):
+        stem = f"{condition}/train/GP01/GP01_frame_000001"
+        put(tmp_path / f"acdc/rgb_anon/{stem}_rgb_anon.png", np.zeros((4, 6, 3), np.uint8))
+        put(tmp_path / f"acdc/gt/{stem}_gt_labelIds.png", np.full((4, 6), 23, np.uint8))
+    data = D.open_dataset("acdc", tmp_path)
+    assert [s.group for s in data.samples] == ["fog", "night", "rain", "snow"] and (data.labels(2) == 10).all()
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_missing_folder_says_what_belongs_there(tmp_path):
+    with pytest.raises(InputError, match=r"gta5.*images/\*\.png and labels/\*\.png.*--root toy"):
+        D.open_dataset("gta5", tmp_path)
+
+
+def test_image_without_label_is_named(tmp_path):
+    gta5_pair(tmp_path, "00001.png", np.full((2, 3), 7, np.uint8))
+    (tmp_path / "gta5/labels/00001.png").unlink()
+    with pytest.raises(InputError, match=r"images/00001\.png: has no label file"):
+        D.open_dataset("gta5", tmp_path)
+
+
+def test_other_size_is_left_out_with_one_warning(tmp_path, capsys):
+    gta5_pair(tmp_path, "00001.png", np.full((2, 3), 7, np.uint8))
+    gta5_pair(tmp_path, "00002.png", np.full((2, 3), 7, np.uint8), image_size=(4, 6))
+    gta5_pair(tmp_path, "00003.png", np.full((2, 3), 7, np.uint8), image_size=(3, 3))
+    data = D.open_dataset("gta5", tmp_path)
+    out = capsys.readouterr().out
+    assert [s.id for s in data.samples] == ["00001"]
+    assert out.count("\n") == 1 and "left out 2 of 3" in out and "00002.png, 00003.png" in out
+
+
+@pytest.mark.parametrize("keep", [20, 0.6])
+def test_truncated_and_unreadable_files_are_named(tmp_path, keep):
+    rng = np.random.default_rng(0)
+    gta5_pair(tmp_path, "00001.png", rng.choice([7, 8, 11], (64, 64)).astype(np.uint8))
+    put(tmp_path / "gta5/images/00001.png", rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for folder in ("images", "labels"):
+        path = tmp_path / "gta5" / folder / "00001.png"
+        whole = path.read_bytes()
+        path.write_bytes(whole[: keep if keep > 1 else int(len(whole) * keep)])
+        with pytest.raises(InputError, match=rf"{folder}/00001\.png: cannot be read"):
+            D.open_dataset("gta5", tmp_path)[0]
+        path.write_bytes(whole)
+
+
+def test_ids_outside_the_table_are_an_error(tmp_path):
+    gta5_pair(tmp_path, "00001.png", np.array([[7, 77, 200]], np.uint8))
+    with pytest.raises(InputError, match=r"labels/00001\.png: holds ids \[77, 200\]"):
+        D.open_dataset("gta5", tmp_path).labels(0)
+
+
+def test_colour_rendering_is_refused(tmp_path):
+    gta5_pair(tmp_path, "00001.png", np.full((2, 3), 7, np.uint8))
+    put(tmp_path / "gta5/labels/00001.png", np.zeros((2, 3, 3), np.uint8))
+    with pytest.raises(InputError, match="RGB picture"):
+        D.open_dataset("gta5", tmp_path).labels(0)
+
+
+# ----------------------------------------------------------------------------------------------------------- transforms
+
+
+def test_labels_are_resized_by_nearest_neighbour_at_cell_centres():
+    labels = torch.arange(16, dtype=torch.uint8).view(4, 4)
+    assert D.resize_labels(labels, (2, 2)).tolist() == [[5, 7], [13, 15]]
+    big = D.resize_labels(labels, (9, 13))
+    assert set(big.unique().tolist()) <= set(range(16))
+
+
+def test_keep_labels_loses_no_bought_cell():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        labels = torch.full((64, 128), 255, dtype=torch.uint8)
+        rows = torch.randint(64, (40,), generator=generator)
+        cols = torch.randint(128, (40,), generator=generator)
+        labels[rows, cols] = torch.randint(19, (40,), generator=generator).to(torch.uint8)
+        plain, kept = D.resize_labels(labels, (40, 80)), D.resize_labels(labels, (40, 80), keep=True)
+        assert (kept[plain != 255] == plain[plain != 255]).all()
+        cells = {
+            (int((2 * r + 1) * 40 // 128), int((2 * c + 1) * 80 // 256)) for r, c in (labels != 255).nonzero().tolist()
+        }
+        assert {tuple(x) for x in (kept != 255).nonzero().tolist()} == cells
+        assert (plain != 255).sum() < (kept != 255).sum()
+
+
+def test_joint_transform_moves_image_and_labels_together():
+    labels = torch.zeros(40, 60, dtype=torch.uint8)
+    labels[10:30, 20:50] = 1
+    image = (labels * 255)[None].expand(3, -1, -1).contiguous()
+    transform = D.JointTransform(scale=(0.5, 2.0), crop=(32, 48), flip=True)
+    for seed in range(20):
+        x, y = transform(image, labels, torch.Generator().manual_seed(seed))
+        assert x.shape == (3, 32, 48) and y.shape == (32, 48) and x.dtype == torch.float32
+        white = x[0] > (0.5 - D.IMAGENET_MEAN[0]) / D.IMAGENET_STD[0]
+        agreement = (white == (y == 1))[y != 255].float().mean()
+        assert agreement > 0.95, (seed, agreement)
+
+
+def test_crop_pads_labels_with_ignore():
+    transform = D.JointTransform(crop=(6, 6))
+    _, y = transform(torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8), torch.Generator())
+    assert (y == 255).sum() == 36 - 16 and (y[:4, :4] == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------------------- samplers
+
+
+def take(sampler, count):
+    iterator = iter(sampler)
+    return [next(iterator) for _ in range(count)]
+
+
+def test_sampler_goes_on_where_it_was_saved():
+    whole = take(D.EndlessSampler(7, seed=3), 50)
+    later = D.EndlessSampler(7, seed=3)
+    later.load_state_dict({"position": 23})
+    assert take(later, 27) == whole[23:] and later.state_dict() == {"position": 23}
+    assert sorted(i for _, i in whole[7:14]) == list(range(7))  # a pass shows every image once
+    assert take(D.EndlessSampler(7, seed=4), 50) != whole
+
+
+@pytest.mark.parametrize("position", [0, 5, 6])
+def test_processes_share_the_draws(position):
+    def start(rank, world):
+        sampler = D.EndlessSampler(7, seed=3, rank=rank, world=world)
+        sampler.load_state_dict({"position": position})
+        return sampler
+
+    shares = [take(start(rank, 3), 10) for rank in range(3)]
+    assert sorted(draw for share in shares for draw in share) == take(start(0, 1), 30)
+
+
+def test_balanced_order_draws_rare_classes_more_often_and_no_image_twice():
+    rng = np.random.default_rng(0)
+    presence = np.zeros((400, 3), bool)
+    presence[:, 0] = True
+    presence[:40, 1] = True
+    presence[:8, 2] = True
+    order = D.balanced_order(presence, rng, sub_epoch=60)
+    assert len(order) == len(set(order.tolist())) == 60
+    assert (order < 8).sum() == 8  # uniform would give about 1
+    assert len(D.balanced_order(presence, rng)) == 400
+
+
+def test_views_give_the_same_bits_with_any_number_of_workers(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        gta5_pair(tmp_path, f"{i:05d}.png", rng.choice([7, 8, 11], (20, 30)).astype(np.uint8))
+        put(tmp_path / f"gta5/images/{i:05d}.png", rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    data = D.open_dataset("gta5", tmp_path)
+    view = D.TrainingView(data, D.JointTransform(scale=(0.5, 2), crop=(16, 16), flip=True), seed=1)
+
+    def first(workers):
+        loader = torch.utils.data.DataLoader(view, 2, sampler=D.EndlessSampler(4, 0), num_workers=workers)
+        return [x for x, _ in zip(loader, range(3), strict=False)]
+
+    for a, b in zip(first(0), first(2), strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_class_presence_reads_the_labels(tmp_path):
+    gta5_pair(tmp_path, "00001.png", np.array([[7, 24]], np.uint8))
+    gta5_pair(tmp_path, "00002.png", np.array([[0, 8]], np.uint8))
+    presence = D.class_presence(D.open_dataset("gta5", tmp_path))
+    assert [np.flatnonzero(row).tolist() for row in presence] == [[0, 11], [1]]
