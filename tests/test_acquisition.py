@@ -1,0 +1,237 @@
+"""Scores and selection against slow loops, hand-made maps and the recorded outputs of RIPU's official code."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from alda import acquisition as A
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def close(found, expected, tolerance, what=""):
+    found, expected = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
+    gap = (found - expected).abs()
+    print(f"{what}: max gap {gap.max():.2e}, mean {gap.mean():.2e}")
+    assert gap.max() <= tolerance, f"{what}: max gap {gap.max():.3e} mean {gap.mean():.3e}, allowed {tolerance}"
+
+
+def random_logits(c, h, w, seed=0, smooth=4):
+    x = torch.randn(1, c, max(2, h // smooth), max(2, w // smooth), generator=torch.Generator().manual_seed(seed)) * 3
+    return F.interpolate(x, size=(h, w), mode="bilinear", align_corners=True)[0]
+
+
+def slow_scores(logits, k):
+    """Eqs. (3) and (4) pixel by pixel."""
+    classes, height, width = logits.shape
+    prob = logits.double().softmax(0)
+    entropy = -(prob * prob.clamp(min=1e-300).log()).sum(0) / math.log(classes)
+    prediction = logits.argmax(0)
+    impurity, uncertainty = torch.zeros(height, width).double(), torch.zeros(height, width).double()
+    for i in range(height):
+        for j in range(width):
+            window = (slice(max(0, i - k), i + k + 1), slice(max(0, j - k), j + k + 1))
+            share = torch.bincount(prediction[window].flatten(), minlength=classes).double()
+            share = share[share > 0] / share.sum()
+            impurity[i, j] = -(share * share.log()).sum() / math.log(classes)
+            uncertainty[i, j] = entropy[window].mean()
+    return impurity * uncertainty, impurity, uncertainty
+
+
+# --------------------------------------------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("classes,k", [(19, 1), (19, 2), (16, 1), (5, 7), (2, 40)])
+def test_ripu_score_equals_a_slow_loop(classes, k):
+    logits = random_logits(classes, 17, 23, seed=k)
+    for found, expected, what in zip(A.ripu_score(logits, k), slow_scores(logits, k), ("score", "P", "U"), strict=True):
+        close(found, expected, 2e-6, f"{what} C={classes} k={k}")
+
+
+@pytest.mark.parametrize("name", "abc")
+@pytest.mark.parametrize("k", [1, 2, 32])
+def test_ripu_score_equals_the_recorded_official_one(name, k):
+    golden = np.load(GOLDEN / f"ripu_region_score_{name}.npz")
+    logits = torch.from_numpy(golden["logits"].astype(np.float32))[0]
+    scale = math.log(logits.shape[0]) / math.log(19)  # the official code divides by log 19 for every C
+    score, impurity, uncertainty = A.ripu_score(logits, k)
+    # The official logarithms add 1e-6, which lowers an entropy by at most C * 1e-6 nats: that is the whole gap.
+    gap = logits.shape[0] * 1e-6 / math.log(19) + 1e-6
+    close(impurity * scale, golden[f"impurity_k{k}"], gap, "impurity")
+    close(uncertainty * scale, golden[f"uncertainty_k{k}"], gap, "uncertainty")
+    close(score * scale**2, golden[f"score_k{k}"], 2 * gap, "score")
+    assert torch.equal(A.entropy_and_prediction(logits)[1], torch.from_numpy(golden["pred"]))
+
+
+@pytest.mark.parametrize("name,k", [("k8", 8), ("k32", 32)])
+def test_pixel_score_equals_the_recorded_official_one(name, k):
+    golden = np.load(GOLDEN / f"ripu_pixel_select_{name}.npz")
+    logits = torch.from_numpy(golden["lowres_logits"])
+    logits = F.interpolate(logits, size=tuple(golden["size"].tolist()), mode="bilinear", align_corners=True)[0]
+    score = A.pixel_score(logits, k) * math.log(19) ** 2  # the official pixel score is in nats
+    close(
+        score[::3, ::3], golden["score_sub3"], 2 * 19e-6 * math.log(19), "pixel score"
+    )  # 1e-6 in the logarithms, as above
+
+
+def test_scores_of_a_map_one_can_do_by_hand():
+    prediction = torch.zeros(5, 5, dtype=torch.long)
+    prediction[2, 2] = 1
+    share = torch.tensor([8 / 9, 1 / 9])
+    centre = -(share * share.log()).sum().item() / math.log(2)
+    impurity = A.region_impurity(prediction, 2, 1)
+    close(impurity[1:4, 1:4], torch.full((3, 3), centre), 1e-6)
+    assert impurity[0].max() == 0 and impurity[:, 0].max() == 0  # pure regions are exactly 0, none is negative
+    prob = torch.tensor([[[0.5, 1.0]], [[0.5, 0.0]]])
+    close(A.pixel_entropy(prob), [[1.0, 0.0]], 1e-7)
+    close(A.prediction_uncertainty(prob, 1), [[0.5, 0.5]], 1e-7)
+
+
+def test_batches_types_and_inputs_left_alone():
+    logits = torch.stack([random_logits(7, 20, 30, seed) for seed in range(3)])
+    before = logits.clone()
+    together = A.ripu_score(logits, 2)
+    for n in range(3):
+        for whole, single in zip(together, A.ripu_score(logits[n], 2), strict=True):
+            close(whole[n], single, 1e-6)
+    for half in (torch.float16, torch.bfloat16):
+        expected = A.ripu_score(logits.to(half).float(), 2)[0]
+        close(A.ripu_score(logits.to(half), 2)[0], expected, 1e-6, str(half))
+        assert A.pixel_score(logits.to(half)).dtype == torch.float32
+    close(A.entropy_score(logits, 1), A.prediction_uncertainty(logits.softmax(1), 1), 1e-6)
+    best = logits.softmax(1).sort(1, descending=True).values
+    close(A.margin_score(logits, 0), 1 - best[:, 0] + best[:, 1], 1e-6)
+    assert torch.equal(logits, before)
+
+
+def test_infinite_logits_are_probabilities_of_zero():
+    logits = random_logits(4, 6, 6)
+    logits[2] = -math.inf
+    close(A.entropy_and_prediction(logits)[0], A.pixel_entropy(logits.softmax(0)), 1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_flip_equivariance_and_class_permutation(k):
+    logits = random_logits(9, 24, 31)
+    score = A.ripu_score(logits, k)[0]
+    close(A.ripu_score(logits.flip(-1), k)[0].flip(-1), score, 1e-6, "flip")
+    close(A.ripu_score(logits[torch.randperm(9)], k)[0], score, 1e-6, "permutation")
+
+
+@pytest.mark.parametrize("k", [0, 1, 3, 32, 70])
+def test_box_sum_equals_a_convolution(k):
+    x = (torch.rand(2, 40, 55, generator=torch.Generator().manual_seed(k)) < 0.4).to(torch.uint8)
+    expected = F.conv2d(x[:, None].double(), torch.ones(1, 1, 2 * k + 1, 2 * k + 1).double(), padding=k)[:, 0]
+    assert torch.equal(A.box_sum(x, k).double(), expected)
+    assert A.region_area((40, 55), k).max() <= (2 * k + 1) ** 2
+
+
+def test_random_score_depends_on_the_seed_alone():
+    assert torch.equal(A.random_score((4, 5), 1), A.random_score((4, 5), 1))
+    assert not torch.equal(A.random_score((4, 5), 1), A.random_score((4, 5), 2))
+
+
+# ------------------------------------------------------------------------------------------------------------ selection
+
+
+def slow_greedy(score, count, radius, blocked=None):
+    """The definition: the maximum of what is free, column by column, then block around it."""
+    score = score.double().clone()
+    score[score.isnan()] = -math.inf
+    if blocked is not None:
+        score[blocked] = -math.inf
+    picks = []
+    for _ in range(count):
+        best = score.max()
+        if best == -math.inf:
+            break
+        rows, cols = (score == best).nonzero(as_tuple=True)
+        col = cols.min().item()
+        row = rows[cols == col].min().item()
+        picks.append([row, col])
+        score[max(0, row - radius) : row + radius + 1, max(0, col - radius) : col + radius + 1] = -math.inf
+    return torch.tensor(picks, dtype=torch.int64).view(-1, 2)
+
+
+@pytest.mark.parametrize("radius", [0, 1, 2, 5, 40])
+@pytest.mark.parametrize("kind", ["smooth", "noise", "ties", "constant", "holes"])
+def test_selection_equals_the_sequential_greedy(radius, kind):
+    generator = torch.Generator().manual_seed(radius)
+    for height, width in ((30, 47), (1, 20), (19, 1)):
+        noise = torch.rand(height, width, generator=generator)
+        score = {
+            "smooth": A.region_mean(noise, 2),
+            "noise": noise,
+            "ties": (noise * 4).floor(),
+            "constant": torch.zeros(height, width),
+            "holes": noise.masked_fill(noise < 0.3, -math.inf).masked_fill(noise > 0.9, math.nan),
+        }[kind]
+        blocked = torch.rand(height, width, generator=generator) < 0.2
+        for count in (0, 1, 7, height * width):
+            found = A.select_regions(score, count, radius, blocked)
+            expected = slow_greedy(score, count, radius, blocked)
+            assert torch.equal(found, expected), (kind, radius, count, found[:5], expected[:5])
+
+
+def test_ties_go_to_the_smaller_column_then_the_smaller_row():
+    score = torch.zeros(5, 6)
+    score[3, 2] = score[1, 4] = score[4, 2] = 1
+    assert A.select_regions(score, 4, 0).tolist() == [[3, 2], [4, 2], [1, 4], [0, 0]]
+
+
+@pytest.mark.parametrize("name", ["full_r022", "full_r20", "full_r20k2", "score_border", "score_exhaust", "score_ties"])
+def test_region_picks_equal_the_recorded_official_ones(name):
+    golden = np.load(GOLDEN / f"ripu_region_select_{name}.npz")
+    k = int(golden["radius_k"])
+    shape = tuple(golden["size"].tolist())
+    blocked = torch.zeros(shape, dtype=torch.bool)
+    selected = torch.zeros(shape, dtype=torch.bool)
+    for number in (1, 2):
+        key = f"score_round{number}"
+        score = torch.from_numpy(golden[key] if key in golden else golden["score"])
+        picks = golden[f"picks_round{number}"]
+        real = (
+            golden[f"pick_scores_round{number}"] > -math.inf
+        )  # when all is blocked the official code picks (0, 0) again
+        found = A.select_regions(score, len(picks), 2 * k, blocked)
+        assert found.tolist() == picks[real].tolist()
+        painted = A.paint(found, k, shape)
+        assert not (painted & selected).any()  # no pixel is asked twice
+        selected |= painted
+        blocked = A.dilate(selected, k)
+        if real.all():  # else the official maps also hold the region around the repeated (0, 0)
+            assert torch.equal(selected, torch.from_numpy(golden[f"selected_round{number}"]))
+            assert torch.equal(blocked, torch.from_numpy(golden[f"active_round{number}"]))
+
+
+def test_pixel_picks_equal_the_recorded_official_ones():
+    golden = np.load(GOLDEN / "ripu_pixel_select_k8.npz")
+    shape = tuple(golden["size"].tolist())
+    logits = F.interpolate(torch.from_numpy(golden["lowres_logits"]), size=shape, mode="bilinear", align_corners=True)[
+        0
+    ]
+    score = A.pixel_score(logits, 8)
+    first = A.select_regions(score, 21, 8)
+    assert first.tolist() == golden["picks_round1"].tolist()
+    blocked = A.dilate(A.paint(first, 0, shape), 8)
+    assert A.select_regions(score, 21, 8, blocked).tolist() == golden["picks_round2"].tolist()
+
+
+def test_paint_cuts_at_the_border():
+    mask = A.paint(torch.tensor([[0, 0], [4, 5]]), 1, (5, 6))
+    assert mask.nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [3, 4], [3, 5], [4, 4], [4, 5]]
+    assert A.paint(torch.empty(0, 2, dtype=torch.int64), 3, (5, 6)).sum() == 0
+
+
+def test_regions_never_overlap_over_rounds_until_the_image_is_exhausted():
+    score, selected = random_logits(1, 21, 33)[0], torch.zeros(21, 33, dtype=torch.bool)
+    for _ in range(12):
+        picks = A.select_regions(score, 20, 2, A.dilate(selected, 1))
+        painted = A.paint(picks, 1, selected.shape)
+        assert not (painted & selected).any()
+        selected |= painted
+    assert len(picks) == 0 and A.dilate(selected, 1).all()  # nothing is left to ask, and asking is no error
