@@ -1,0 +1,178 @@
+"""Who answers, and where do the answers live? Query rounds on disk and the ground-truth oracle.
+
+    from alda.annotation import Rounds, ground_truth
+    rounds = Rounds(out / "rounds")
+    with rounds.new(1) as new:                        # written under a temporary name, renamed when complete
+        new.add("aachen_000000_000019", asked, ground_truth(target, index), training_size=(640, 1280))
+    labels = rounds.labels("aachen_000000_000019", shape=(1024, 2048))    # the union over all rounds
+
+A round is a folder `rounds/01` that is never changed once it stands: `queries/IMAGE.png` (255 = asked), `answers/IMAGE.png`
+(train ids, 255 = no answer) and `round.json` (the ledger). Axes: H rows, W columns; maps are (H,W).
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from alda.datasets import IGNORE, NAMES, NUM_CLASSES, SegmentationDataset, resize_labels
+from alda.errors import InputError
+
+
+def ground_truth(dataset: SegmentationDataset, index: int):
+    """The oracle that knows the truth: a function asked (H,W) bool -> answers (H,W) uint8, 255 where nothing was asked.
+
+    Asked pixels whose truth is 255 get no answer: they are paid for and the ledger counts them as ignored.
+    """
+
+    def answer(asked: torch.Tensor) -> torch.Tensor:
+        return torch.where(asked.cpu(), dataset.labels(index), torch.tensor(IGNORE, dtype=torch.uint8))
+
+    return answer
+
+
+class Rounds:
+    """The query rounds of a run, on disk below `folder`."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def complete(self) -> int:
+        """How many rounds stand. Raises InputError when their numbers have a gap (a folder was removed by hand)."""
+        numbers = sorted(int(p.name) for p in self.folder.glob("[0-9][0-9]*") if p.is_dir() and p.name.isdigit())
+        if numbers != list(range(1, len(numbers) + 1)):
+            raise InputError(
+                f"{self.folder}: rounds {numbers} have a gap; restore the missing folder or start with a new --out"
+            )
+        return len(numbers)
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"{number:02d}"
+
+    def new(self, number: int) -> "NewRound":
+        return NewRound(self.path(number))
+
+    def record(self, number: int) -> dict:
+        """The ledger of round `number` (its round.json)."""
+        return json.loads((self.path(number) / "round.json").read_text())
+
+    def asked(self, image_id: str, shape: tuple[int, int], upto: int | None = None) -> torch.Tensor:
+        """Every pixel asked in rounds 1..upto (default: all), (H,W) bool."""
+        mask = torch.zeros(tuple(shape), dtype=torch.bool)
+        for number in range(1, self._upto(upto) + 1):
+            mask |= _read(self.path(number) / "queries" / f"{image_id}.png", shape, 0) == 255
+        return mask
+
+    def labels(self, image_id: str, shape: tuple[int, int], upto: int | None = None) -> torch.Tensor:
+        """The answers of rounds 1..upto (default: all) in one map, (H,W) uint8 train ids, 255 = no label."""
+        union = torch.full(tuple(shape), IGNORE, dtype=torch.uint8)
+        for number in range(1, self._upto(upto) + 1):
+            answers = _read(self.path(number) / "answers" / f"{image_id}.png", shape, IGNORE)
+            union = torch.where(answers != IGNORE, answers, union)
+        return union
+
+    def _upto(self, upto: int | None) -> int:
+        return self.complete() if upto is None else upto
+
+
+class NewRound:
+    """A round being written: a context manager that renames the folder into place only when every image is in it."""
+
+    def __init__(self, path: Path):
+        self.path, self.work = path, path.with_name(path.name + ".incomplete")
+        self.images: dict[str, dict] = {}
+        self.classes = np.zeros(NUM_CLASSES, np.int64)
+        self.notes: dict = {}  # what else belongs into round.json: score threshold, class weights, ...
+
+    def __enter__(self) -> "NewRound":
+        if self.path.exists():
+            raise InputError(f"{self.path} stands already: a round is never written twice")
+        shutil.rmtree(
+            self.work, ignore_errors=True
+        )  # left by an interrupted round; nothing in it was answered by people
+        for part in ("queries", "answers"):
+            (self.work / part).mkdir(parents=True)
+        return self
+
+    def add(
+        self,
+        image_id: str,
+        asked: torch.Tensor,
+        oracle,
+        regions: int,
+        training_size: tuple[int, int],
+        keep_labels: bool = False,
+    ) -> torch.Tensor:
+        """Asks the oracle for the pixels `asked` (H,W) bool of one image; stores question and answer; keeps the ledger.
+
+        Returns the answers (H,W) uint8. An image of which nothing is asked gets no file. `regions` is how many picks the
+        pixels come from; `training_size` (h,w) and `keep_labels` say how the labels will be resized for training: the
+        ledger counts what is left of them.
+        """
+        asked = asked.cpu()
+        answers = oracle(asked)
+        if not asked.any():
+            return answers
+        _write(self.work / "queries" / f"{image_id}.png", asked.to(torch.uint8) * 255)
+        _write(self.work / "answers" / f"{image_id}.png", answers)
+        labelled = int((answers != IGNORE).sum())
+        self.classes += torch.bincount(answers.flatten().long(), minlength=256)[:NUM_CLASSES].numpy()
+        trained = int((resize_labels(answers, training_size, keep_labels) != IGNORE).sum())
+        self.images[image_id] = {
+            "asked": int(asked.sum()),
+            "labelled": labelled,
+            "trained": trained,
+            "regions": regions,
+        }
+        return answers
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is None:
+            (self.work / "round.json").write_text(json.dumps(self.record(), indent=1))
+            os.replace(self.work, self.path)
+
+    def record(self) -> dict:
+        total = {
+            key: sum(row[key] for row in self.images.values()) for key in ("asked", "labelled", "trained", "regions")
+        }
+        return {
+            "asked": total["asked"],  # pixels
+            "labelled": total["labelled"],  # of those, pixels with a class
+            "ignored": total["asked"] - total["labelled"],  # of those, pixels that the truth leaves out
+            "trained": total["trained"],  # labelled cells after resizing to the training size
+            "regions": total["regions"],  # picks
+            "classes": dict(zip(NAMES, self.classes.tolist(), strict=True)),
+            **self.notes,
+            "images": self.images,
+        }
+
+
+LEDGER = ("asked", "labelled", "ignored", "trained", "regions")
+
+
+def ledger(records: list[dict]) -> dict:
+    """Sums over rounds: asked, labelled, ignored and trained pixels, regions, labelled pixels per class; images asked."""
+    total = {key: sum(r[key] for r in records) for key in LEDGER}
+    total["images"] = len({image for r in records for image in r["images"]})
+    total["classes"] = {name: sum(r["classes"][name] for r in records) for name in NAMES}
+    return total
+
+
+def _write(path: Path, values: torch.Tensor) -> None:
+    Image.fromarray(values.numpy()).save(path)
+
+
+def _read(path: Path, shape: tuple[int, int], default: int) -> torch.Tensor:
+    if not path.is_file():
+        return torch.full(tuple(shape), default, dtype=torch.uint8)
+    with Image.open(path) as picture:
+        values = torch.from_numpy(np.array(picture))
+    if tuple(values.shape) != tuple(shape):
+        raise InputError(
+            f"{path}: is {tuple(values.shape)}, its image is {tuple(shape)} (rows, columns); it belongs to other data"
+        )
+    return values

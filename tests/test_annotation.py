@@ -1,0 +1,79 @@
+"""Rounds on disk: atomic, never changed, the union of answers, the ledger counted by hand."""
+
+import json
+
+import pytest
+import torch
+
+from alda.annotation import Rounds, ledger
+from alda.errors import InputError
+
+TRUTH = torch.arange(24, dtype=torch.uint8).view(4, 6) % 19
+TRUTH[0, 0] = 255
+
+
+def oracle(asked):
+    return torch.where(asked, TRUTH, torch.tensor(255, dtype=torch.uint8))
+
+
+def mask(*pixels):
+    asked = torch.zeros(4, 6, dtype=torch.bool)
+    for row, col in pixels:
+        asked[row, col] = True
+    return asked
+
+
+def test_rounds_add_up_and_keep_the_ledger(tmp_path):
+    rounds = Rounds(tmp_path / "rounds")
+    assert rounds.complete() == 0
+    with rounds.new(1) as new:
+        new.add("a", mask((0, 0), (0, 1), (1, 1)), oracle, regions=2, training_size=(2, 3))
+        new.add("b", mask(), oracle, regions=0, training_size=(2, 3))
+        assert rounds.complete() == 0  # nothing stands until the last image is in
+    with rounds.new(2) as new:
+        new.add("a", mask((3, 5)), oracle, regions=1, training_size=(2, 3))
+        new.add("b", mask((1, 1), (2, 2)), oracle, regions=2, training_size=(2, 3), keep_labels=True)
+    first, second = rounds.record(1), rounds.record(2)
+    # at 2x3 the cells' centres are the pixels (1,1), (1,3), (1,5), (3,1), ...
+    assert first["images"] == {"a": {"asked": 3, "labelled": 2, "trained": 1, "regions": 2}}
+    assert (first["asked"], first["labelled"], first["ignored"], first["trained"]) == (3, 2, 1, 1)
+    assert second["images"]["b"]["trained"] == 2  # keep_labels: (2,2) trains although no centre falls on it
+    assert first["classes"]["sidewalk"] == 1 and sum(first["classes"].values()) == 2
+    total = ledger([first, second])
+    assert (total["asked"], total["labelled"], total["regions"], total["images"]) == (6, 5, 5, 2)
+    assert rounds.labels("a", (4, 6), upto=1).ne(255).sum() == 2 and rounds.labels("a", (4, 6)).ne(255).sum() == 3
+    assert rounds.asked("a", (4, 6)).sum() == 4 and rounds.asked("nobody", (4, 6)).sum() == 0
+    assert rounds.labels("a", (4, 6))[3, 5] == TRUTH[3, 5]
+
+
+def test_an_interrupted_round_does_not_stand_and_can_be_asked_again(tmp_path):
+    rounds = Rounds(tmp_path / "rounds")
+    with pytest.raises(KeyboardInterrupt), rounds.new(1) as new:
+        new.add("a", mask((1, 1)), oracle, 1, (4, 6))
+        raise KeyboardInterrupt
+    assert rounds.complete() == 0
+    with rounds.new(1) as new:
+        new.add("b", mask((1, 1)), oracle, 1, (4, 6))
+    assert rounds.complete() == 1 and list(rounds.record(1)["images"]) == ["b"]
+    assert not (tmp_path / "rounds/01/queries/a.png").exists()
+
+
+def test_a_round_is_never_written_twice(tmp_path):
+    rounds = Rounds(tmp_path)
+    with rounds.new(1):
+        pass
+    with pytest.raises(InputError, match="never written twice"), rounds.new(1):
+        pass
+
+
+def test_a_removed_round_and_a_foreign_file_are_errors(tmp_path):
+    rounds = Rounds(tmp_path)
+    for number in (1, 2):
+        with rounds.new(number) as new:
+            new.add("a", mask((1, number)), oracle, 1, (4, 6))
+    with pytest.raises(InputError, match=r"is \(4, 6\), its image is \(8, 6\)"):
+        rounds.labels("a", (8, 6))
+    (tmp_path / "01").rename(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"rounds \[2\] have a gap"):
+        rounds.complete()
+    assert json.loads((tmp_path / "gone/round.json").read_text())["asked"] == 1
