@@ -1,0 +1,303 @@
+"""How good is it? Confusion matrix, IoU over 19/16/13 classes, named test protocols, prediction export, pictures.
+
+    python -m alda.evaluation score   RUN_OR_CHECKPOINT --tgt cityscapes --root /data --protocol sliding
+    python -m alda.evaluation predict RUN_OR_CHECKPOINT --tgt cityscapes --root /data --split test --to predictions/
+    from alda.evaluation import confusion_matrix, iou
+
+Axes: N images, C classes, H rows, W columns. Prediction and labels are (…,H,W) integer train ids, 255 = ignore.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from alda import deeplab
+from alda.datasets import (
+    CLASS_SETS,
+    NAMES,
+    NUM_CLASSES,
+    SegmentationDataset,
+    colourise,
+    normalise,
+    open_dataset,
+    resize_image,
+    to_label_ids,
+)
+from alda.errors import InputError
+
+# -------------------------------------------------------------------------------------------------------------- measure
+
+
+def confusion_matrix(prediction: torch.Tensor, labels: torch.Tensor, num_classes: int = NUM_CLASSES) -> torch.Tensor:
+    """Pixel counts (num_classes, num_classes) int64, rows = truth, columns = predicted, on the inputs' device.
+
+    Pixels whose label is outside 0..num_classes-1 (255 = ignore) are left out. Raises ValueError where a counted pixel's
+    prediction is outside 0..num_classes-1: it would be lost or counted as another class.
+    """
+    valid = (labels >= 0) & (labels < num_classes)
+    wrong = valid & ((prediction < 0) | (prediction >= num_classes))
+    if wrong.any():
+        raise ValueError(
+            f"prediction holds {prediction[wrong][0].item()} at a labelled pixel, outside 0..{num_classes - 1}"
+        )
+    cells = labels[valid].long() * num_classes + prediction[valid].long()
+    return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def iou(matrix: torch.Tensor) -> torch.Tensor:
+    """IoU_c = TP / (TP + FP + FN) for each class, (C,) float64; NaN where the class is in neither labels nor predictions."""
+    true_positive = matrix.diagonal().double()
+    union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
+    return true_positive / union.double()  # 0/0 is NaN
+
+
+def summary(matrix: torch.Tensor) -> dict:
+    """mIoU over 19, 16 and 13 classes (fractions), the lowest class, per-class IoU, and the classes left out as absent.
+
+    The mean is over the classes of the set that occur in labels or predictions.
+    """
+    values = iou(matrix.cpu())
+    present = ~values.isnan()
+    result = {}
+    for name, members in CLASS_SETS.items():
+        kept = values[list(members)]
+        result[f"mIoU{name}"] = kept.nanmean().item() if present.any() else None
+    lowest = min((i for i in range(len(values)) if present[i]), key=lambda i: values[i].item(), default=None)
+    result["lowest"] = None if lowest is None else {"class": NAMES[lowest], "IoU": values[lowest].item()}
+    result["IoU"] = {n: (v.item() if p else None) for n, v, p in zip(NAMES, values, present, strict=True)}
+    result["absent"] = [n for n, p in zip(NAMES, present, strict=True) if not p]
+    return result
+
+
+def describe(result: dict) -> str:
+    """A summary as text: one line a class, then the means, the absent classes and the protocol."""
+    lines = [f"  {n:14s} {'absent' if v is None else f'{100 * v:6.2f}'}" for n, v in result["IoU"].items()]
+    means = ", ".join(f"{k} {100 * result[k]:.2f}" for k in ("mIoU19", "mIoU16", "mIoU13") if result[k] is not None)
+    if result["lowest"]:
+        means += f", lowest {result['lowest']['class']} {100 * result['lowest']['IoU']:.2f}"
+    if result["absent"]:
+        means += f" (left out as absent: {', '.join(result['absent'])})"
+    if "protocol" in result:
+        means += f" | protocol {result['protocol']}"
+    return "\n".join([*lines, means])
+
+
+# ------------------------------------------------------------------------------------------------------------ protocols
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a test image becomes a prediction at the size of its labels. `str(protocol)` stands beside every number."""
+
+    name: str
+    size: tuple[int, int] | None = None  # (H, W) the image is resized to; None: its own size
+    flip: bool = False  # average the softmax of the image and of its mirror image
+    window: int | None = None  # side of the sliding window; an image smaller than it is one window
+    stride: float = 2 / 3  # of the window, in shares of its side
+
+    def __str__(self) -> str:
+        size = f"{self.size[1]}x{self.size[0]}" if self.size else "full resolution"
+        window = f", window {self.window} stride {self.stride:.2f}" if self.window else ""
+        return f"{self.name} ({size}{window}, {'flip' if self.flip else 'no flip'}, scored at label size)"
+
+
+PROTOCOLS = {
+    "ripu": Protocol("ripu", size=(640, 1280), flip=True),
+    "sliding": Protocol("sliding", window=769),
+    "whole": Protocol("whole"),
+}
+
+
+def protocol_named(name: str, size: tuple[int, int] | None = None, window: int | None = None) -> Protocol:
+    """A protocol by name; `size` (H, W) and `window` replace its own (small data); the text says what was used."""
+    if name not in PROTOCOLS:
+        raise InputError(f"unknown protocol {name!r}; known: {', '.join(PROTOCOLS)}")
+    protocol = PROTOCOLS[name]
+    if size and not protocol.window:
+        protocol = replace(protocol, size=size)
+    return replace(protocol, window=window) if window and protocol.window else protocol
+
+
+@torch.no_grad()
+def predict_prob(model, image: torch.Tensor, protocol: Protocol, device) -> torch.Tensor:
+    """Class probabilities of one image (3,H,W) uint8 at its own size: (C,H,W) float32 on `device`; model in eval mode."""
+    height, width = image.shape[-2:]
+    x = normalise(resize_image(image, protocol.size or (height, width)).to(device))[None]
+    if protocol.window:
+        prob = _sliding(model, x, protocol)
+    else:
+        prob = deeplab.upsample(model(x), (height, width)).softmax(1)
+        if protocol.flip:
+            mirrored = deeplab.upsample(model(x.flip(-1)), (height, width)).softmax(1)
+            prob = (prob + mirrored.flip(-1)) / 2
+    return prob[0]
+
+
+def _sliding(model, x: torch.Tensor, protocol: Protocol) -> torch.Tensor:
+    """Softmax averaged over windows that overlap; the last window of a row or column ends at the border."""
+    height, width = x.shape[-2:]
+    total, hits = 0, torch.zeros(height, width, device=x.device)
+    for top in _starts(height, protocol.window, protocol.stride):
+        for left in _starts(width, protocol.window, protocol.stride):
+            tile = x[..., top : top + protocol.window, left : left + protocol.window]
+            prob = deeplab.upsample(model(tile), tile.shape[-2:]).softmax(1)
+            if isinstance(total, int):
+                total = torch.zeros(1, prob.shape[1], height, width, device=x.device)
+            total[..., top : top + protocol.window, left : left + protocol.window] += prob
+            hits[top : top + protocol.window, left : left + protocol.window] += 1
+    return total / hits
+
+
+def _starts(length: int, window: int, stride: float) -> list[int]:
+    step = max(1, int(window * stride))
+    last = max(0, length - window)
+    return [*range(0, last, step), last]
+
+
+def evaluate(model, dataset: SegmentationDataset, protocol: Protocol, device) -> dict:
+    """Scores `model` on every image of `dataset` under `protocol`: a `summary` with "protocol" and "images" added."""
+    training = model.training
+    model.eval()
+    matrix = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64, device=device)
+    for index in range(len(dataset)):
+        prediction = predict_prob(model, dataset.image(index), protocol, device).argmax(0)
+        matrix += confusion_matrix(prediction, dataset.labels(index).to(device))
+    model.train(training)
+    return {**summary(matrix), "protocol": str(protocol), "images": len(dataset)}
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def picture(panels: dict[str, torch.Tensor], size: tuple[int, int]) -> Image.Image:
+    """Titled panels side by side, each shown at `size` (H, W).
+
+    A panel is an RGB image (3,H,W) uint8, a label map (H,W) uint8 (class colours), a bool map, or a float map (grey,
+    stretched from its minimum to its maximum).
+    """
+    height, width = size
+    sheet = Image.new("RGB", (len(panels) * (width + 4) - 4, height + 14), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (title, values) in enumerate(panels.items()):
+        draw.text((i * (width + 4) + 2, 1), title, fill="black")
+        sheet.paste(Image.fromarray(_panel(values.cpu())).resize((width, height), Image.NEAREST), (i * (width + 4), 14))
+    return sheet
+
+
+def _panel(values: torch.Tensor) -> np.ndarray:
+    if values.ndim == 3:
+        return values.permute(1, 2, 0).numpy()
+    if values.dtype == torch.bool:
+        return np.repeat(values.numpy()[..., None] * np.uint8(255), 3, axis=2)
+    if values.is_floating_point():
+        values = values.nan_to_num(0, 0, 0)
+        span = (values.max() - values.min()).clamp(min=1e-12)
+        return np.repeat(((values - values.min()) / span * 255).to(torch.uint8).numpy()[..., None], 3, axis=2)
+    return colourise(values.numpy())
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def load_run(path: str | Path, device, which: str = "model", network: dict | None = None):
+    """A trained network in eval mode, from a run's folder, its checkpoints/last.pt, or an official checkpoint.
+
+    Our own files say how their network is built; for others `network` holds the arguments of `deeplab.build` (default:
+    RIPU's DeepLabV2 on ResNet-101 with frozen batch norm). `which` is "model" or "teacher". Raises InputError.
+    """
+    path = Path(path)
+    file = path / "checkpoints" / "last.pt" if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"{file}: no checkpoint there; give a run's folder or a checkpoint file")
+    own = deeplab.read(file).get("network")
+    return deeplab.build(**(own or network or {"net": "deeplabv2"}), init=str(file), which=which).to(device).eval()
+
+
+def write_predictions(model, dataset: SegmentationDataset, protocol: Protocol, device, folder: Path) -> int:
+    """Writes each prediction as IMAGE_pred_labelIds.png (Cityscapes label ids, (H,W) uint8); returns how many."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, sample in enumerate(dataset.samples):
+        prediction = predict_prob(model, dataset.image(index), protocol, device).argmax(0).to(torch.uint8).cpu().numpy()
+        Image.fromarray(to_label_ids(prediction)).save(folder / f"{sample.id}_pred_labelIds.png")
+    return len(dataset)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "1280x640" (width x height, as people write it) to (640, 1280), the (H, W) used in the code."""
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise InputError(f"a size is WIDTHxHEIGHT, for example 1280x640; got {text!r}") from None
+    if min(width, height) < 1:
+        raise InputError(f"a size is WIDTHxHEIGHT with both at least 1; got {text!r}")
+    return height, width
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line (see the top of this file); returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alda.evaluation", description="Score checkpoints, export predictions."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("score", "mIoU and per-class IoU under a named protocol"),
+        ("predict", "label-id PNGs for the Cityscapes server"),
+    ):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("checkpoint", help="a run's folder or a checkpoint file")
+        sub.add_argument("--tgt", default="cityscapes", choices=["cityscapes", "acdc"])
+        sub.add_argument("--root", default="data", help="the folder that holds cityscapes/ or acdc/")
+        sub.add_argument("--split", default="val", choices=["train", "val", "test"])
+        sub.add_argument("--protocol", default="ripu", choices=list(PROTOCOLS))
+        sub.add_argument("--size", help="WxH: another test size for the protocols ripu and whole")
+        sub.add_argument("--window", type=int, help="another window for the protocol sliding")
+        sub.add_argument("--which", default="model", choices=["model", "teacher"])
+        sub.add_argument(
+            "--net", default="deeplabv2", help="network of an official checkpoint (our own files say theirs)"
+        )
+        sub.add_argument("--backbone", default="resnet101", help="backbone of an official checkpoint")
+        sub.add_argument("--device", default="auto")
+        sub.add_argument(*(("--json",) if name == "score" else ("--to",)), type=Path, required=name == "predict",
+                         help="also write the result here" if name == "score" else "folder for the predictions")  # fmt: skip
+    args = parser.parse_args(argv)
+    try:
+        return _command(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _command(args: argparse.Namespace) -> int:
+    device = pick_device(args.device)
+    dataset = open_dataset(args.tgt, args.root, args.split)
+    protocol = protocol_named(args.protocol, parse_size(args.size) if args.size else None, args.window)
+    model = load_run(args.checkpoint, device, args.which, {"net": args.net, "backbone": args.backbone})
+    if args.command == "predict":
+        number = write_predictions(model, dataset, protocol, device, args.to)
+        print(f"{number} predictions (Cityscapes label ids) in {args.to} | protocol {protocol}")
+        return 0
+    result = {**evaluate(model, dataset, protocol, device), "checkpoint": str(args.checkpoint), "which": args.which}
+    print(describe(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1))
+    return 0
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is one, else the CPU; raises InputError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Confusion matrix and IoU against slow loops and recorded official outputs; protocols, export, command line."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from alda import deeplab
+from alda import evaluation as E
+from alda.datasets import CLASSES, SegmentationDataset, open_dataset
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def test_confusion_matrix_equals_a_slow_loop():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 7, (2, 9, 11), generator=generator).to(torch.uint8)
+    labels[labels == 6] = 255
+    prediction = torch.randint(0, 5, (2, 9, 11), generator=generator)
+    expected = torch.zeros(5, 5, dtype=torch.int64)
+    for t, p in zip(labels.flatten().tolist(), prediction.flatten().tolist(), strict=True):
+        if t < 5:
+            expected[t, p] += 1
+    before = prediction.clone()
+    assert torch.equal(E.confusion_matrix(prediction, labels, 5), expected)
+    assert torch.equal(prediction, before)  # the official GPU version writes into its input
+
+
+def test_iou_equals_the_recorded_official_counts():
+    golden = np.load(GOLDEN / "miou.npz")
+    matrix = E.confusion_matrix(torch.from_numpy(golden["pred"]), torch.from_numpy(golden["target"]))
+    assert matrix.diagonal().tolist() == golden["inter_np"].tolist()
+    assert matrix.sum(1).tolist() == golden["target_np"].tolist()
+    union = golden["union_np"]
+    found = E.iou(matrix)
+    present = union > 0
+    gap = np.abs(found.numpy()[present] - golden["iou_class"][present]).max()
+    print(f"IoU: max gap {gap:.2e}")
+    assert gap < 1e-9 and found.isnan().numpy().tolist() == (~present).tolist()
+
+
+def test_a_prediction_outside_the_classes_is_an_error():
+    golden = np.load(GOLDEN / "miou.npz")  # here the official histogram counts class 16 as 15
+    prediction, labels = torch.from_numpy(golden["pred_over"]), torch.from_numpy(golden["target_over"])
+    with pytest.raises(ValueError, match=r"outside 0\.\.15"):
+        E.confusion_matrix(prediction, labels, 16)
+
+
+def test_absent_classes_are_left_out_and_listed():
+    matrix = torch.zeros(19, 19, dtype=torch.int64)
+    matrix[0, 0], matrix[0, 9], matrix[3, 3] = 30, 10, 20  # road 30/40, terrain predicted only: 0/10, wall 1
+    result = E.summary(matrix)
+    assert result["mIoU19"] == pytest.approx((0.75 + 0 + 1) / 3)
+    assert result["mIoU16"] == pytest.approx((0.75 + 1) / 2) and result["mIoU13"] == pytest.approx(0.75)
+    assert result["lowest"] == {"class": "terrain", "IoU": 0.0} and len(result["absent"]) == 16
+    assert result["IoU"]["train"] is None and "left out as absent: sidewalk" in E.describe(result)
+    assert E.summary(torch.zeros(19, 19, dtype=torch.int64))["mIoU19"] is None
+
+
+class Echo(torch.nn.Module):
+    """A 'network' whose logits are the image's channels: what a protocol does to it can be seen."""
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("window,stride", [(8, 2 / 3), (7, 0.5), (64, 2 / 3)])
+def test_sliding_windows_cover_every_pixel_and_agree_with_one_pass(window, stride):
+    image = torch.randint(0, 256, (3, 19, 30), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    whole = E.predict_prob(Echo(), image, E.Protocol("whole"), "cpu")
+    tiles = E.predict_prob(Echo(), image, E.Protocol("sliding", window=window, stride=stride), "cpu")
+    assert (tiles - whole).abs().max() < 1e-6
+    starts = E._starts(19, window, stride)
+    assert starts[0] == 0 and (window >= 19 or starts[-1] == 19 - window)
+
+
+def test_flip_averages_the_mirror_image():
+    image = torch.randint(0, 256, (3, 6, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+    class Shift(torch.nn.Module):
+        def forward(self, x):
+            return x.roll(1, -1)
+
+    prob = E.predict_prob(Shift(), image, E.Protocol("whole", flip=True), "cpu")
+    x = E.normalise(image)
+    expected = (x.roll(1, -1).softmax(0) + x.roll(-1, -1).softmax(0)) / 2
+    assert (prob - expected).abs().max() < 1e-6
+
+
+def test_protocols_say_what_they_did():
+    assert str(E.PROTOCOLS["ripu"]) == "ripu (1280x640, flip, scored at label size)"
+    assert (
+        str(E.PROTOCOLS["sliding"])
+        == "sliding (full resolution, window 769 stride 0.67, no flip, scored at label size)"
+    )
+    assert "160x80" in str(E.protocol_named("ripu", size=(80, 160)))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_world):
+    """A checkpoint of an untrained network, and the world it is scored on."""
+    folder = tmp_path_factory.mktemp("run")
+    network = {"net": "deeplabv2", "backbone": "resnet18", "batch_norm": "live"}
+    torch.manual_seed(0)
+    model = deeplab.build(**network, init="none")
+    (folder / "checkpoints").mkdir()
+    torch.save({"network": network, "model": model.state_dict()}, folder / "checkpoints/last.pt")
+    return folder, model
+
+
+def test_evaluate_counts_every_labelled_pixel_once(run, tiny_world):
+    model = run[1].train()
+    data = open_dataset("cityscapes", tiny_world, "val")
+    result = E.evaluate(model, data, E.protocol_named("ripu", size=(64, 128)), "cpu")
+    matrix = torch.zeros(19, 19, dtype=torch.int64)
+    model.eval()
+    for i in range(len(data)):
+        prob = E.predict_prob(model, data.image(i), E.protocol_named("ripu", size=(64, 128)), "cpu")
+        matrix += E.confusion_matrix(prob.argmax(0), data.labels(i))
+    assert result["images"] == len(data) and "128x64" in result["protocol"]
+    assert result["mIoU19"] == pytest.approx(E.summary(matrix)["mIoU19"])
+
+
+def test_score_command_prints_number_and_protocol(run, tiny_world, capsys, tmp_path):
+    json_file = tmp_path / "score.json"
+    arguments = ["score", str(run[0]), "--root", str(tiny_world), "--protocol", "whole", "--json", str(json_file)]
+    assert E.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "mIoU19" in out and "protocol whole (full resolution, no flip" in out and json_file.is_file()
+
+
+def test_predict_command_writes_cityscapes_ids(run, tiny_world, capsys, tmp_path):
+    arguments = ["predict", str(run[0]), "--root", str(tiny_world), "--size", "128x64", "--to", str(tmp_path)]
+    assert E.main(arguments) == 0
+    files = sorted(tmp_path.glob("*_pred_labelIds.png"))
+    samples = open_dataset("cityscapes", tiny_world, "val").samples
+    assert [f.name for f in files] == [f"{s.id}_pred_labelIds.png" for s in samples]
+    ids = np.array(Image.open(files[0]))
+    assert ids.shape == samples[0].size and ids.dtype == np.uint8
+    assert set(np.unique(ids)) <= {c.cityscapes_id for c in CLASSES}
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["score", "nowhere"], "no checkpoint there"),
+        (["score", "nowhere", "--size", "big"], "WIDTHxHEIGHT"),
+        (["score", "nowhere", "--device", "cuda:77"], "cannot be used"),
+    ],
+)
+def test_user_mistakes_are_one_line(arguments, message, capsys, tiny_world):
+    assert E.main([*arguments, "--root", str(tiny_world)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_pictures_put_panels_side_by_side():
+    labels = torch.zeros(4, 6, dtype=torch.uint8)
+    panels = {
+        "image": torch.full((3, 4, 6), 9, dtype=torch.uint8),
+        "truth": labels,
+        "score": torch.rand(4, 6),
+        "asked": labels > 0,
+    }
+    sheet = np.array(E.picture(panels, (8, 12)))
+    assert sheet.shape == (8 + 14, 4 * 12 + 3 * 4, 3)
+    assert (sheet[14:, :12] == 9).all() and (sheet[14:, 16:28] == CLASSES[0].colour).all()
+
+
+def test_dataset_without_labels_cannot_be_scored(tiny_world):
+    data = open_dataset("cityscapes", tiny_world, "val")
+    bare = SegmentationDataset("cityscapes", [s._replace(label=None) for s in data.samples], "cityscapes")
+    with pytest.raises(E.InputError, match="publishes no labels"):
+        E.evaluate(Echo(), bare, E.PROTOCOLS["whole"], "cpu")
