@@ -1,0 +1,224 @@
+"""What do all training loops share? Batches, checkpoints and resume, the log, the run's folder.
+
+    from alda.run import Run, batches, next_batch, prepare
+    run = Run(settings, out, device); start = run.resume()
+
+A run leaves in its folder: config.json (settings, versions, command), metrics.jsonl (a line each log step),
+checkpoints/last.pt, and what its loop writes (rounds/, pictures/, result.json).
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+
+from alda import deeplab
+from alda.datasets import (
+    EndlessSampler,
+    JointTransform,
+    SegmentationDataset,
+    TrainingView,
+    class_presence,
+    load,
+    mix_seed,
+)
+from alda.errors import InputError
+from alda.evaluation import parse_size, picture
+
+# settings that may differ between a run and its resumption: they change no result
+MAY_CHANGE = ("resume", "device", "workers", "threads", "log_every", "pictures", "out", "root")
+
+
+def batches(s, dataset: SegmentationDataset, step: int, stream: int, labels_of):
+    """An endless iterator of (images, labels) from step `step` on; `stream` 1 is the source, 2 the target."""
+    presence = None
+    if stream == 1 and s.source_sampling == "balanced":
+        presence = class_presence(dataset, s.workers)
+    sampler = EndlessSampler(len(dataset), mix_seed(s.seed, stream), presence=presence)
+    sampler.load_state_dict({"position": step * s.batch})
+    size = parse_size(s.source_size if stream == 1 else s.target_size)
+    keep = stream == 2 and s.keep_labels
+    view = TrainingView(dataset, JointTransform(size=size, keep_labels=keep), mix_seed(s.seed, stream, 1), labels_of)
+    return iter(load(view, s.workers, batch_size=s.batch, sampler=sampler, pin_memory=torch.cuda.is_available()))
+
+
+def next_batch(iterator, device):
+    """The next batch on the device, or None where there is no iterator (source-only, source-free)."""
+    return None if iterator is None else [x.to(device, non_blocking=True) for x in next(iterator)]
+
+
+def save_picture(panels: dict, size: tuple[int, int], path: Path) -> None:
+    """Writes the panels side by side as a PNG, each at most 512 columns wide."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scale = min(1.0, 512 / size[1])
+    picture(panels, (round(size[0] * scale), round(size[1] * scale))).save(path)
+
+
+class Run:
+    """Network, optimizer, checkpoints and the log of one run: what every training loop needs and no method differs in."""
+
+    def __init__(self, s, out: Path, device: torch.device):
+        self.s, self.out, self.device = s, out, device
+        batch_norm = ("live" if s.init == "none" else "frozen") if s.batch_norm == "auto" else s.batch_norm
+        self.network = {"net": s.net, "backbone": s.backbone, "batch_norm": batch_norm}
+        torch.manual_seed(mix_seed(s.seed, 0))
+        self.model = deeplab.build(**self.network, init=s.init).to(device).train()
+        self.optimizer = torch.optim.SGD(
+            deeplab.parameter_groups(self.model, s.lr), lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay
+        )
+        self.history: list[torch.Tensor] = []  # the losses of the steps since the last progress line, on the device
+        self.names: list[str] = []
+        self.clock = None
+
+    def autocast(self):
+        """The context of forward passes: bfloat16 under --precision bfloat16, else nothing."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.s.precision == "bfloat16")
+
+    def set_rate(self, factor: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.s.lr * group["factor"] * factor
+
+    def descend(self, losses: dict[str, torch.Tensor], weights: dict[str, float]) -> None:
+        """One optimizer step on the weighted sum. Nothing is read from the device: see `log`."""
+        total = sum(weights[name] * value for name, value in losses.items())
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        self.optimizer.step()
+        self.names = list(losses)
+        self.history.append(torch.stack([*losses.values()]).detach())
+
+    def log(self, step: int) -> None:
+        """At every log step: reads the losses since the last one, stops if any is not finite, prints and writes a line."""
+        s = self.s
+        if self.clock is None:
+            self.clock = (step - 1, time.time())
+        if step % s.log_every and step % s.checkpoint_every and step != s.steps:
+            return
+        values = torch.stack(self.history).cpu()
+        if not values.isfinite().all():
+            row = (~values.isfinite()).any(1).nonzero()[0].item()
+            losses = dict(zip(self.names, values[row].tolist(), strict=True))
+            raise FloatingPointError(
+                f"step {step - len(values) + row + 1}: a loss is not finite: {losses}; try a lower --lr"
+            )
+        if step % s.log_every and step != s.steps:
+            return
+        self.history = []
+        means = dict(zip(self.names, values.mean(0).tolist(), strict=True))
+        rate = (step - self.clock[0]) / (time.time() - self.clock[1])
+        eta = (s.steps - step) / rate
+        memory = memory_in_use(self.device)
+        line = {
+            "step": step,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "losses": means,
+            "steps_per_s": rate,
+            "memory_GB": memory,
+        }
+        self.write_metrics(line)
+        text = " ".join(f"{name} {value:.4f}" for name, value in means.items())
+        print(
+            f"step {step}/{s.steps} | {text} | {rate:.2f} step/s, ETA {int(eta // 60)}:{int(eta % 60):02d}, {memory:.2f} GB",
+            flush=True,
+        )
+
+    def write_metrics(self, line: dict) -> None:
+        with open(self.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def save(self, step: int) -> None:
+        """Writes checkpoints/last.pt: everything that the rest of the run depends on. Under a temporary name, then renamed."""
+        state = {
+            "network": self.network,
+            "step": step,  # the samplers' positions and the rounds to be read follow from it
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history,
+            "names": self.names,
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        }
+        path = self.out / "checkpoints" / "last.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, path.with_suffix(".incomplete"))
+        os.replace(path.with_suffix(".incomplete"), path)
+
+    def resume(self) -> int:
+        """Restores checkpoints/last.pt where --resume asks for it; returns the step to go on from (0 without)."""
+        path = self.out / "checkpoints" / "last.pt"
+        if not self.s.resume:
+            return 0
+        if not path.is_file():
+            print(f"{path}: no checkpoint yet, starting from the first step", flush=True)
+            return 0
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history, self.names = [row.to(self.device) for row in state["history"]], state["names"]
+        torch.set_rng_state(state["random"])
+        if self.device.type == "cuda" and state["random_cuda"]:
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+        metrics = self.out / "metrics.jsonl"
+        if metrics.is_file():  # lines written after the checkpoint will be written again
+            lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= state["step"]]
+            metrics.write_text("".join(line + "\n" for line in lines))
+        print(f"resumed from step {state['step']}", flush=True)
+        return state["step"]
+
+
+def memory_in_use(device: torch.device) -> float:
+    """Peak memory in GB: of the device under CUDA, of the process otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def code_version() -> str | None:
+    """The commit of this package's checkout, '-dirty' when changed; None where it is not a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def prepare(s) -> Path:
+    """Makes the run's folder and its config.json; refuses to mix two runs, or a resumed run with other settings."""
+    out = Path(s.out or f"runs/{s.strategy}-{s.src}-{s.tgt}-{s.seed}")
+    config = out / "config.json"
+    if config.is_file():
+        if not s.resume:
+            raise InputError(f"{out} holds a run already: --resume goes on with it, another --out starts a new one")
+        old, new = json.loads(config.read_text())["settings"], dataclasses.asdict(s)
+        changed = [k for k in new if k not in MAY_CHANGE and old.get(k) != new[k]]
+        if changed:
+            what = ", ".join(f"--{k.replace('_', '-')} {old.get(k)!r} -> {new[k]!r}" for k in changed)
+            raise InputError(
+                f"{out} was started with other settings ({what}); resume with the same ones or use another --out"
+            )
+        return out
+    out.mkdir(parents=True, exist_ok=True)
+    versions = {
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+    }
+    record = {
+        "settings": dataclasses.asdict(s),
+        "command": [sys.executable, *sys.argv],
+        "versions": {"alda": code_version(), "python": platform.python_version(), **versions},
+        "toy": s.root == "toy",
+    }
+    config.write_text(json.dumps(record, indent=1))
+    return out

@@ -1,0 +1,262 @@
+"""Every strategy end to end at toy size; interrupted and resumed equals uninterrupted; budgets; the command line."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from alda import loop
+from alda.annotation import Rounds
+from alda.datasets import open_dataset
+from alda.errors import InputError
+
+GOLDEN = Path(__file__).parent / "golden"
+SMALL = {
+    "net": "deeplabv2",
+    "backbone": "resnet18",
+    "init": "none",
+    "steps": 8,
+    "batch": 2,
+    "lr": 0.01,
+    "source_size": "64x32",
+    "target_size": "64x32",
+    "rounds": 2,
+    "query_steps": "2,5",
+    "workers": 0,
+    "log_every": 2,
+    "checkpoint_every": 3,
+    "device": "cpu",
+    "pictures": 1,
+}
+
+
+def arguments(world, out, **changes):
+    given = {"root": str(world), "out": str(out), **SMALL, **changes}
+    if given["strategy"] in ("source-only", "full"):
+        given.pop("query_steps")
+    words = []
+    for name, value in given.items():
+        name = "--" + name.replace("_", "-")
+        words += [name] if value is True else [name, str(value)]
+    return words
+
+
+def state_of(out):
+    return torch.load(out / "checkpoints/last.pt", weights_only=True)
+
+
+def assert_same_bits(a, b, where="state"):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), f"{where}: max gap {(a.double() - b.double()).abs().max()}"
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same_bits(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_bits(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def round_files(out):
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted((out / "rounds").rglob("*")) if p.is_file()}
+
+
+def metric_lines(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("steps_per_s", "memory_GB")} for line in lines]
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Makes the n-th training step or the n-th image of a query round raise KeyboardInterrupt, as a kill would end it."""
+
+    def after(name, calls):
+        original, seen = getattr(loop, name), [0]
+
+        def counted(*args, **kwargs):
+            seen[0] += 1
+            if seen[0] > calls:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(loop, name, counted)
+
+    yield after
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("strategy", [*loop.STRATEGIES, "ripu deeplabv3plus"])  # V3+ has dropout: random states count
+def test_interrupted_and_resumed_equals_uninterrupted(strategy, tiny_world, tmp_path, interrupt, monkeypatch):
+    strategy, *net = strategy.split()
+    options = {"strategy": strategy, "net": net[0] if net else "deeplabv2"}
+    if strategy == "ripu-pa":
+        options["radius"] = 3
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert loop.main(arguments(tiny_world, whole, **options)) == 0
+    interrupt("losses_of_step", 4)  # between two checkpoints, after round 1
+    with pytest.raises(KeyboardInterrupt):
+        loop.main(arguments(tiny_world, parts, **options))
+    monkeypatch.undo()
+    if strategy not in ("source-only", "full"):
+        interrupt("score_of", 2)  # in the middle of round 2
+        with pytest.raises(KeyboardInterrupt):
+            loop.main(arguments(tiny_world, parts, resume=True, **options))
+        monkeypatch.undo()
+    assert loop.main(arguments(tiny_world, parts, resume=True, **options)) == 0
+    assert_same_bits(state_of(whole), state_of(parts))
+    assert round_files(whole) == round_files(parts)
+    assert metric_lines(whole) == metric_lines(parts)
+    results = [json.loads((out / "result.json").read_text()) for out in (whole, parts)]
+    assert results[0] | {"wall_s": 0} == results[1] | {"wall_s": 0}
+    check_result(whole, strategy, results[0], tiny_world)
+
+
+def check_result(out, strategy, result, world):
+    """Budget, rounds, pictures and report of a finished run."""
+    assert 0 <= result["mIoU19"] <= 1 and "64x32" in result["protocol"] and result["strategy"] == strategy
+    if strategy in ("source-only", "full"):
+        assert result["budget"]["asked"] == 0 and not list(out.glob("rounds/*"))
+        return
+    target, rounds = open_dataset("cityscapes", world, "train"), Rounds(out / "rounds")
+    for sample in target.samples:
+        first, both = (rounds.asked(sample.id, sample.size, upto) for upto in (1, 2))
+        assert 0 < first.sum() < both.sum()
+        masks = [rounds.asked(sample.id, sample.size, 1), both & ~first]
+        images = [rounds.record(n)["images"][sample.id]["asked"] for n in (1, 2)]
+        assert [int(m.sum()) for m in masks] == images  # no pixel is asked twice: the rounds' counts add up
+        limit = 40 if strategy == "ripu-pa" else 0.022 * math.prod(sample.size)
+        assert both.sum() <= limit
+    total = sum(rounds.record(n)["asked"] for n in (1, 2))
+    assert result["budget"]["asked"] == total and result["budget"]["images"] == len(target)
+    panels = np.array(Image.open(next((out / "pictures/round-02").glob("*.png"))))
+    assert panels.shape[1] > 6 * 128
+
+
+def test_the_seed_decides_and_the_workers_do_not(tiny_world, tmp_path):
+    options = {"strategy": "random", "steps": 4, "query_steps": "1", "rounds": 1}
+    for name, changes in (("a", {}), ("b", {"workers": 2}), ("c", {"seed": 1})):
+        assert loop.main(arguments(tiny_world, tmp_path / name, **options, **changes)) == 0
+    a, b, c = (state_of(tmp_path / name)["model"] for name in "abc")
+    assert_same_bits(a, b)
+    assert not torch.equal(a["backbone.conv1.weight"], c["backbone.conv1.weight"])
+
+
+def test_source_free_sees_no_source_image(tiny_world, tmp_path, capsys):
+    assert loop.main(arguments(tiny_world, tmp_path / "pre", strategy="source-only", steps=2)) == 0
+    before = state_of(tmp_path / "pre")["model"]
+    checkpoint = tmp_path / "pre/checkpoints/last.pt"
+    cityscapes_only = tmp_path / "target"
+    cityscapes_only.mkdir()
+    (cityscapes_only / "cityscapes").symlink_to(tiny_world / "cityscapes")
+    options = {"strategy": "ripu", "source_free": checkpoint, "init": checkpoint, "query_steps": "0,3"}
+    assert loop.main(arguments(cityscapes_only, tmp_path / "out", **options)) == 0
+    assert (
+        "round 1/2" in capsys.readouterr().out.split("ripu:")[1].split("step 2/")[0]
+    )  # the first query comes before the first step
+    losses = metric_lines(tmp_path / "out")[0]["losses"]
+    assert set(losses) == {"target", "negative"}
+    after = state_of(tmp_path / "out")["model"]
+    assert not torch.equal(before["backbone.conv1.weight"], after["backbone.conv1.weight"])
+
+
+def test_a_loss_that_is_not_finite_stops_with_all_of_them(tiny_world, tmp_path, capsys):
+    assert loop.main(arguments(tiny_world, tmp_path, strategy="ripu", lr=1e9)) == 2
+    err = capsys.readouterr().err
+    assert "a loss is not finite: {'source':" in err and "'negative':" in err and err.count("\n") == 1
+
+
+def test_rounds_that_stand_are_never_asked_again(tiny_world, tmp_path, interrupt, monkeypatch):
+    interrupt("losses_of_step", 6)  # after round 2 (before step 5), before the checkpoint at step 6
+    with pytest.raises(KeyboardInterrupt):
+        loop.main(arguments(tiny_world, tmp_path, strategy="ripu", checkpoint_every=100))
+    monkeypatch.undo()
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "rounds").rglob("*")}
+    assert len(list((tmp_path / "rounds").glob("0?"))) == 2
+    (tmp_path / "checkpoints/last.pt").unlink()  # as if killed before the first checkpoint
+    assert loop.main(arguments(tiny_world, tmp_path, strategy="ripu", checkpoint_every=100, resume=True)) == 0
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "rounds").rglob("*")} == times
+
+
+# ----------------------------------------------------------------------------------------------- pure functions, settings
+
+
+def test_poly_equals_the_recorded_official_rates():
+    golden = np.load(GOLDEN / "ripu_poly_lr.npz")
+    base, steps = float(golden["base_lr"]), int(golden["max_iter"])
+    for step, rate in zip(golden["iters"].tolist(), golden["lr"].tolist(), strict=True):
+        assert base * loop.poly(step, steps) == pytest.approx(rate, rel=1e-12)
+
+
+def test_schedules_are_the_published_ones():
+    assert loop.query_schedule(loop.settings_for({"strategy": "ripu"})) == [10000, 12000, 14000, 16000, 18000]
+    free = loop.settings_for({"strategy": "ripu", "source_free": "x.pt"})
+    assert loop.query_schedule(free) == [0, 2000, 4000, 6000, 8000] and free.steps == 30000 and free.init == "x.pt"
+    assert loop.settings_for({"strategy": "ripu", "source_free": "x.pt", "rules": "code"}).radius == 9
+    assert loop.settings_for({"strategy": "ripu-pa"}).radius == 32
+
+
+def test_regions_due_follow_the_paper_and_never_pass_the_budget():
+    s = loop.settings_for({"strategy": "ripu"})
+    size, spent, counts = (1024, 2048), 0, []
+    for _ in range(6):
+        counts.append(loop.regions_due(size, s, spent))
+        spent += counts[-1] * 9
+    assert counts == [1026, 1026, 1026, 1026, 1022, 0] and spent <= 0.022 * 1024 * 2048
+    s = loop.settings_for({"strategy": "ripu-pa"})
+    assert [loop.regions_due(size, s, n) for n in (0, 8, 32, 36, 40)] == [8, 8, 8, 4, 0]
+    whole = loop.settings_for({"strategy": "ripu", "budget": 1.0, "rounds": 1})
+    assert loop.regions_due((30, 30), whole, 0) == 100  # more than can be placed: the selection returns fewer
+    with pytest.raises(InputError, match="less than one region"):
+        loop.regions_due((10, 10), s.__class__(strategy="ripu"), 0)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"budget": 2.0}, "--budget is a share"),
+        ({"rounds": 0}, "--rounds must be at least 1"),
+        ({"steps": 3, "query_steps": ""}, "too short for --rounds"),
+        ({"query_steps": "5,2"}, "growing steps"),
+        ({"query_steps": "a,b"}, "is a list like"),
+        ({"target_size": "64"}, "WIDTHxHEIGHT"),
+        ({"init": "nowhere.pt"}, "nowhere.pt"),
+        ({"batch_norm": "frozen"}, "frozen"),
+        ({"root": "/nowhere"}, "no gta5 images"),
+        ({"device": "cuda:99"}, "cannot be used"),
+    ],
+)
+def test_user_mistakes_are_one_line_and_status_2(changes, message, tiny_world, tmp_path, capsys):
+    assert loop.main(arguments(tiny_world, tmp_path / "out", strategy="ripu", **changes)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_unknown_options_and_wrong_types_are_one_line(capsys):
+    for words in (["--strategie", "ripu"], ["--steps", "many"], ["--strategy", "magic"]):
+        with pytest.raises(SystemExit) as stop:
+            loop.main(words)
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(InputError, match="--steps must be int"):
+        loop.Settings(steps="many")
+
+
+def test_two_runs_are_never_mixed(tiny_world, tmp_path, capsys):
+    assert loop.main(arguments(tiny_world, tmp_path, strategy="source-only", steps=2)) == 0
+    assert loop.main(arguments(tiny_world, tmp_path, strategy="source-only", steps=2)) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert loop.main(arguments(tiny_world, tmp_path, strategy="source-only", steps=3, resume=True)) == 2
+    assert "--steps 2 -> 3" in capsys.readouterr().err
+
+
+def test_help_groups_the_options(capsys):
+    with pytest.raises(SystemExit):
+        loop.main(["--help"])
+    out = capsys.readouterr().out
+    assert all(f"{group}:" in out for group in ("run", "network", "schedule", "queries", "RIPU losses", "evaluation"))
