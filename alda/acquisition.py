@@ -5,7 +5,7 @@
     centres = select_regions(score, count=1026, block_radius=2)      # (n,2) int64 rows and columns, best first
     asked = paint(centres, radius=1, shape=score.shape)              # (H,W) bool
 
-RIPU: Xie et al., arXiv 2111.12940 (Eqs. 3-5).
+RIPU: Xie et al., arXiv 2111.12940 (Eqs. 3-5). CBDA: Schachtsiek, Rossi and Hannagan, arXiv 2311.14146.
 
 Axes: N images (optional), C classes, H rows, W columns. p is the softmax of the logits, y the argmax; k is the region's
 radius: N_k(i) is the (2k+1) x (2k+1) square around pixel i, cut at the image border. Scores take float32, float16 or
@@ -184,7 +184,8 @@ def select_regions(
 
     Exact without a step per pick on the device: a pick blocks at most (2 block_radius + 1)^2 centres, itself included, so
     the best count * (2 block_radius + 1)^2 candidates always hold the first `count` picks. They are sorted once, and one
-    walk over the sorted list on the host takes every candidate that no earlier pick has blocked.
+    walk over the sorted list on the host takes every candidate that no earlier pick has blocked. A quarter of them is
+    nearly always enough and is tried first.
     """
     height, width = score.shape
     values = score.detach().float()
@@ -192,16 +193,27 @@ def select_regions(
     if blocked is not None:
         values = values.masked_fill(blocked.to(values.device), -math.inf)
     values = values.cpu().numpy().ravel()
-    candidates = _best_first(values, width, count * (2 * block_radius + 1) ** 2)
-    return torch.from_numpy(_walk(candidates, height, width, count, block_radius)).to(score.device)
+    enough = count * (2 * block_radius + 1) ** 2
+    for number in (enough // 4 + 1, enough):
+        picks = _walk(_best_first(values, width, number), height, width, count, block_radius)
+        if len(picks) == count or number >= values.size:
+            break
+    return torch.from_numpy(picks).to(score.device)
 
 
 def _best_first(values: np.ndarray, width: int, number: int) -> np.ndarray:
-    """Flat indices of the `number` highest finite values and of all that tie with the last, in picking order."""
-    threshold = -math.inf
-    if number < values.size:
-        threshold = np.partition(values, values.size - number)[values.size - number] if number else math.inf
-    chosen = np.flatnonzero((values >= threshold) & (values > -math.inf))
+    """Flat indices in picking order of at least the `number` highest values: all above a threshold, -inf left out.
+
+    Any threshold that leaves enough values is exact, so a sample of every 64th value estimates it (a full partition is
+    slow on score maps, where most values are equal: zeros); it is lowered until enough are left.
+    """
+    sample = np.sort(values[::64])[::-1]
+    rank = number // 64 + 8
+    chosen = None
+    while chosen is None or (len(chosen) < number and rank < 4 * len(sample)):
+        threshold = sample[rank] if rank < len(sample) else -math.inf
+        chosen = np.flatnonzero((values >= threshold) & (values > -math.inf))
+        rank *= 2
     rows, cols = np.divmod(chosen, width)
     return chosen[np.lexsort((rows, cols, -values[chosen]))]
 
@@ -222,3 +234,145 @@ def _walk(candidates: np.ndarray, height: int, width: int, count: int, radius: i
         for start in range(position - radius * stride - radius, position + radius * stride, stride):
             taken[start : start + 2 * radius + 1] = block
     return np.stack([rows[picks], cols[picks]], axis=1).astype(np.int64)
+
+
+# ------------------------------------------------------------------------------------------------------------------ CBDA
+
+
+def class_weights(counts: torch.Tensor, budget: int, target: torch.Tensor | None = None) -> torch.Tensor:
+    """CBDA's class balance: w_c = max(0, 1 - n_c / (t_c B)), (C,) float64.
+
+    `counts` (C,) are the labelled pixels n_c of each class from earlier rounds, `budget` is B, all pixels that may be asked
+    over all rounds and images, `target` (C,) is the distribution t wished for (uniform unless given; it is normalised).
+    A class that has used up its share of the budget has weight 0, as has a class that the target leaves out; before the
+    first round every weight is 1.
+
+    The paper says in words that scores are down-weighted for classes that have consumed more of the budget, relative to a
+    target distribution. This formula is this project's reading of those words. Raises ValueError for a budget below 1, for
+    negative counts and for a target that is not a distribution over the same classes.
+    """
+    counts = torch.as_tensor(counts).double()
+    target = torch.ones_like(counts) if target is None else torch.as_tensor(target).double()
+    if budget < 1 or (counts < 0).any():
+        raise ValueError(f"budget must be at least 1 pixel and counts at least 0, got {budget} and {counts.tolist()}")
+    if target.shape != counts.shape or (target < 0).any() or target.sum() == 0:
+        raise ValueError(f"target must hold {len(counts)} shares, none negative, not all 0; got {target.tolist()}")
+    share = target / target.sum() * budget
+    return torch.where(share > 0, (1 - counts / share.clamp(min=1e-12)).clamp(min=0), 0.0)
+
+
+def class_balanced(score: torch.Tensor, prediction: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """A pixel predicted as c is ranked by w_c * score: score and prediction (...,H,W), weights (C,) -> (...,H,W) float32."""
+    return score * weights.to(score.device, torch.float32)[prediction.long()]
+
+
+class GlobalBudget:
+    """One budget over many images: the `count` best picks of all images together (CBDA's dynamic acquisition).
+
+        budget = GlobalBudget(count)
+        for image_id, score in ...:
+            centres = select_regions(score.masked_fill(score < budget.floor, -inf), count, block_radius)
+            budget.add(image_id, centres, score[centres[:, 0], centres[:, 1]])
+        picks = budget.select()                       # {image_id: (n,2) int64 centres in picking order}
+
+    The paper stacks the scores of all images in one tensor and takes the highest, whatever image they are in. Picks block
+    each other within an image only, so that is the merge of the images' own greedy sequences, which this class makes
+    without the stacked tensor. Equal scores go to the smaller image id, then to the earlier pick.
+
+    Memory: at most 2 * count picks and those of the image just added, 12 bytes each (score, row, column); `add` then throws
+    away what can no longer win. `floor` is the score below which nothing can win any more. Under torch.distributed every
+    process adds its own images, holds its own picks only, and all agree on the threshold.
+    """
+
+    def __init__(self, count: int):
+        if count < 0:
+            raise ValueError(f"count must be at least 0, got {count}")
+        self.count, self.floor, self.threshold = count, -math.inf, None
+        self.images: dict = {}  # image id: (scores (n,) float32, never growing; centres (n,2) int32)
+
+    def add(self, image_id, centres: torch.Tensor, scores: torch.Tensor) -> None:
+        """Adds an image's picks: `centres` (n,2) integer and `scores` (n,) float, in picking order. One call per image.
+
+        Raises ValueError for an image added twice, and for scores that are NaN, -inf or grow along the picks.
+        """
+        values = scores.detach().float().cpu().numpy() + np.float32(0)  # a copy; -0 becomes 0
+        if image_id in self.images:
+            raise ValueError(f"image {image_id!r} was added already")
+        if len(values) != len(centres) or not (values > -math.inf).all() or (np.diff(values) > 0).any():
+            raise ValueError(f"image {image_id!r}: needs one finite score per centre, the best first")
+        self.images[image_id] = (values, centres.cpu().numpy().astype(np.int32).reshape(-1, 2))
+        if sum(len(values) for values, _ in self.images.values()) > 2 * self.count:
+            self.floor = self._keep_best(lambda number: number, lambda items: items)
+
+    def select(self) -> dict:
+        """{image_id: (n,2) int64 centres in picking order} of this process's images; images without a pick are left out.
+
+        Sets `threshold`, the lowest score picked (None when nothing is). Exact; the same picks for any number of processes
+        and any order of images. Collective under torch.distributed.
+        """
+        self.threshold = self._keep_best(_sum_over_processes, _gather)
+        return {
+            name: torch.from_numpy(centres.astype(np.int64))
+            for name, (_, centres) in self.images.items()
+            if len(centres)
+        }
+
+    def _keep_best(self, total, gather) -> float | None:
+        """Cuts every image to its picks among the `count` best of all; returns the lowest score kept.
+
+        `total` and `gather` sum a number and join a list over the processes that share the budget. Scores fall along an
+        image's picks, so what an image keeps is the beginning of its list.
+        """
+        wanted = min(self.count, total(sum(len(values) for values, _ in self.images.values())))
+        low, high = -(2**31), 2**31 - 1  # bisects for the largest score that at least `wanted` picks reach
+        while wanted and low < high:
+            middle = (low + high + 1) // 2
+            reached = total(sum(_at_least(values, _float(middle)) for values, _ in self.images.values()))
+            low, high = (middle, high) if reached >= wanted else (low, middle - 1)
+        value = _float(low) if wanted else np.float32(math.inf)
+        above = {
+            name: _at_least(values, np.nextafter(value, np.float32(math.inf)))
+            for name, (values, _) in self.images.items()
+        }
+        ties = [(name, _at_least(values, value) - above[name]) for name, (values, _) in self.images.items()]
+        spare = wanted - total(sum(above.values()))
+        for name, number in sorted(gather([tie for tie in ties if tie[1]])):  # ties at the threshold: by image id
+            if name in above:
+                above[name] += min(number, spare)
+            spare -= min(number, spare)
+        for name, (values, centres) in self.images.items():
+            if above[name] < len(values):  # copies, so that what is cut off is given back
+                self.images[name] = (values[: above[name]].copy(), centres[: above[name]].copy())
+        return float(value) if wanted else None
+
+
+def _at_least(values: np.ndarray, value: np.float32) -> int:
+    """How many of the falling `values` are `value` or more."""
+    return len(values) - int(np.searchsorted(values[::-1], value, side="left"))
+
+
+def _float(key: int) -> np.float32:
+    """The float32 whose place in the order of all float32 is `key` (an int32): lets a threshold be bisected exactly."""
+    return np.array(key if key >= 0 else key ^ 0x7FFFFFFF, np.int64).astype(np.int32).view(np.float32)[()]
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _sum_over_processes(number: int) -> int:
+    if not _distributed():
+        return number
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(number, dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(total)
+    return int(total)
+
+
+def _gather(items: list) -> list:
+    """The items of all processes in one list."""
+    if not _distributed():
+        return items
+    parts = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, items)
+    return [item for part in parts for item in part]

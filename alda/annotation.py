@@ -11,6 +11,7 @@ A round is a folder `rounds/01` that is never changed once it stands: `queries/I
 """
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -139,6 +140,8 @@ class NewRound:
         total = {
             key: sum(row[key] for row in self.images.values()) for key in ("asked", "labelled", "trained", "regions")
         }
+        for row in self.images.values():
+            row["share"] = row["asked"] / max(1, total["asked"])  # of what this round asked
         return {
             "asked": total["asked"],  # pixels
             "labelled": total["labelled"],  # of those, pixels with a class
@@ -155,10 +158,13 @@ LEDGER = ("asked", "labelled", "ignored", "trained", "regions")
 
 
 def ledger(records: list[dict]) -> dict:
-    """Sums over rounds: asked, labelled, ignored and trained pixels, regions, labelled pixels per class; images asked."""
+    """Sums over rounds: asked, labelled, ignored and trained pixels, regions, labelled pixels per class and their entropy
+    (over log C), and how many images were asked."""
     total = {key: sum(r[key] for r in records) for key in LEDGER}
     total["images"] = len({image for r in records for image in r["images"]})
     total["classes"] = {name: sum(r["classes"][name] for r in records) for name in NAMES}
+    share = torch.tensor([*total["classes"].values()]).double() / max(1, total["labelled"])
+    total["class_entropy"] = (torch.special.entr(share).sum() / math.log(NUM_CLASSES)).item()  # 1: all classes alike
     return total
 
 

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 from alda import deeplab
 from alda.datasets import (
     CLASS_SETS,
+    CLASSES,
     NAMES,
     NUM_CLASSES,
     SegmentationDataset,
@@ -200,6 +201,31 @@ def _panel(values: torch.Tensor) -> np.ndarray:
         span = (values.max() - values.min()).clamp(min=1e-12)
         return np.repeat(((values - values.min()) / span * 255).to(torch.uint8).numpy()[..., None], 3, axis=2)
     return colourise(values.numpy())
+
+
+def class_picture(classes: dict[str, int], path: Path, target: list[float] | None = None) -> None:
+    """Bars of the labelled pixels per class (shares) against the `target` distribution (uniform unless given), as a PNG.
+
+    Needs matplotlib (`pip install 'alda[plot]'`); without it nothing is drawn, and the run says so once.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        if path.parent.name == "round-01":
+            print("class histograms are not drawn: they need matplotlib (pip install 'alda[plot]')", flush=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    total = max(1, sum(classes.values()))
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    axes = figure.subplots()
+    colours = [tuple(v / 255 for v in c.colour) for c in CLASSES]
+    axes.bar(range(NUM_CLASSES), [n / total for n in classes.values()], color=colours, label="labelled so far")
+    target = target or [1 / NUM_CLASSES] * NUM_CLASSES
+    axes.plot(range(NUM_CLASSES), target, "k_", markersize=14, label="target distribution")
+    axes.set_xticks(range(NUM_CLASSES), classes, rotation=60, ha="right")
+    axes.set_ylabel("share of labelled pixels")
+    axes.legend()
+    figure.savefig(path, dpi=80)
 
 
 # --------------------------------------------------------------------------------------------------------- command line

@@ -4,7 +4,7 @@
     python -m alda.loop --root toy --strategy ripu                         # the miniature world, minutes on a CPU
     torch.load("runs/.../checkpoints/last.pt", weights_only=True)           # what a run leaves: see Settings.out
 
-RIPU: Xie et al., CVPR 2022, arXiv 2111.12940.
+RIPU: Xie et al., CVPR 2022, arXiv 2111.12940. CBDA: Schachtsiek, Rossi and Hannagan, arXiv 2311.14146.
 """
 
 import argparse
@@ -22,9 +22,19 @@ import torch
 
 from alda import acquisition, deeplab, toy
 from alda.annotation import Rounds, ground_truth, ledger
-from alda.datasets import IGNORE, ImagesOnly, SegmentationDataset, load, mix_seed, normalise, open_dataset, resize_image
+from alda.datasets import (
+    IGNORE,
+    NAMES,
+    ImagesOnly,
+    SegmentationDataset,
+    load,
+    mix_seed,
+    normalise,
+    open_dataset,
+    resize_image,
+)
 from alda.errors import InputError
-from alda.evaluation import PROTOCOLS, describe, evaluate, parse_size, pick_device, protocol_named
+from alda.evaluation import PROTOCOLS, class_picture, describe, evaluate, parse_size, pick_device, protocol_named
 from alda.losses import cross_entropy, local_consistency, negative_learning
 from alda.run import Run, batches, next_batch, prepare, save_picture
 
@@ -36,7 +46,7 @@ def option(default, group: str, text: str, choices: tuple = ()):
     return dataclasses.field(default=default, metadata={"group": group, "help": text, "choices": choices})
 
 
-STRATEGIES = ("source-only", "full", "random", "entropy", "margin", "ripu", "ripu-pa")
+STRATEGIES = ("source-only", "full", "random", "entropy", "margin", "ripu", "ripu-pa", "cbda")
 
 
 @dataclass
@@ -86,12 +96,25 @@ class Settings:
     query_steps: str = option(
         "", "queries", "steps before which the rounds are asked, '10000,12000'; default 25%%..45%% of steps"
     )
-    radius: int = option(
-        1, "queries", "k: a region is the (2k+1)^2 square around its centre; for ripu-pa the impurity's radius"
+    unit: str = option(
+        "region", "queries", "what a pick labels: its whole region or its centre pixel", ("region", "pixel")
     )
-    pixels: int = option(40, "queries", "ripu-pa: pixels an image, over all rounds")
+    radius: int = option(
+        1, "queries", "k: a region is the (2k+1)^2 square around its centre; pixel picks block within k"
+    )
+    pixels: int = option(
+        0, "queries", "with --unit pixel: pixels an image over all rounds instead of --budget; 0: --budget"
+    )
     keep_labels: bool = option(
         False, "queries", "resize labels so that no bought one is lost (default: nearest neighbour)"
+    )
+
+    cbda: str = option(
+        "both",
+        "CBDA",
+        "dynamic: one budget over the whole target set (the paper's words); balance: scores weighted by class with "
+        "max(0, 1 - n_c / (t_c B)), this project's formula for the paper's words; both",
+        ("dynamic", "balance", "both"),
     )
 
     consistency: float = option(0.1, "RIPU losses", "weight of local consistency on the source (Eq. 7)")
@@ -119,7 +142,7 @@ class Settings:
                 raise InputError(f"{name} must be {field.type.__name__}, got {value!r}")
             if choices and value not in choices:
                 raise InputError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-        for name in ("steps", "batch", "rounds", "log_every", "checkpoint_every", "pixels"):
+        for name in ("steps", "batch", "rounds", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.budget <= 1:
@@ -130,7 +153,8 @@ class Settings:
 PAPER: dict[str, dict] = {
     "source-only": {"consistency": 0.0, "negative": 0.0},
     "full": {"consistency": 0.0, "negative": 0.0},
-    "ripu-pa": {"radius": 32},
+    "ripu-pa": {"unit": "pixel", "radius": 32, "pixels": 40},
+    "cbda": {"net": "deeplabv3plus", "budget": 0.05},
 }
 SOURCE_FREE = {"steps": 30_000, "consistency": 0.0}  # queries at 0, 2,000, ..., 8,000 of 30,000: see query_schedule
 # The miniature world: ResNet-18 from random weights on small pictures.
@@ -195,35 +219,35 @@ def query_schedule(s: Settings) -> list[int]:
     return schedule
 
 
-def regions_due(size: tuple[int, int], s: Settings, asked_before: int) -> int:
-    """How many regions (ripu-pa: pixels) of an image of `size` (H, W) are asked in a round, `asked_before` pixels being spent.
+def budget_pixels(s: Settings, sizes: list[tuple[int, int]]) -> int:
+    """How many pixels may be asked of images of these `sizes` (H, W), over all rounds."""
+    if s.unit == "pixel" and s.pixels:
+        return s.pixels * len(sizes)
+    return int(sum(height * width for height, width in sizes) * s.budget)
 
-    RIPU asks ceil(H W budget / rounds / (2k+1)^2) regions a round; here never more than what the budget has left, so that
-    the rounding up of five rounds does not add up to more than was promised (ripu-pa: pixels / rounds, rounded up).
+
+def regions_due(budget: int, s: Settings, asked_before: int) -> int:
+    """How many picks a round makes of `budget` pixels, of which `asked_before` are spent.
+
+    RIPU asks ceil(budget / rounds / (2k+1)^2) regions of an image in each round; here never more than the budget has
+    left, so that five roundings up do not add up to more than was promised. A pixel pick costs one pixel.
     """
-    if s.strategy == "ripu-pa":
-        return min(math.ceil(s.pixels / s.rounds), s.pixels - asked_before)
-    area = (2 * s.radius + 1) ** 2
-    budget = size[0] * size[1] * s.budget
+    area = 1 if s.unit == "pixel" else (2 * s.radius + 1) ** 2
     if budget < area:
-        raise InputError(
-            f"--budget {s.budget} is {budget:.1f} pixels of a {size[1]}x{size[0]} image, less than one region ({area})"
-        )
-    return max(0, min(math.ceil(budget / s.rounds / area), int(budget - asked_before) // area))
+        raise InputError(f"the budget (--budget {s.budget}) is {budget} pixels, less than one region ({area})")
+    return max(0, min(math.ceil(budget / s.rounds / area), (budget - asked_before) // area))
 
 
 def score_of(s: Settings, logits: torch.Tensor, seed: int) -> torch.Tensor:
     """The strategy's score map (H,W) of one image's logits (C,H,W); `seed` serves the strategy `random`."""
     if s.strategy == "random":
         return acquisition.random_score(logits.shape[-2:], seed, logits.device)
-    if s.strategy == "ripu":
-        return acquisition.ripu_score(logits, s.radius)[0]
-    score = {
-        "ripu-pa": acquisition.pixel_score,
-        "entropy": acquisition.entropy_score,
-        "margin": acquisition.margin_score,
-    }
-    return score[s.strategy](logits, s.radius)
+    if s.strategy in ("entropy", "margin"):
+        score = {"entropy": acquisition.entropy_score, "margin": acquisition.margin_score}[s.strategy]
+        return score(logits, 0 if s.unit == "pixel" else s.radius)
+    return (
+        acquisition.pixel_score(logits, s.radius) if s.unit == "pixel" else acquisition.ripu_score(logits, s.radius)[0]
+    )
 
 
 def test_protocol(s: Settings):
@@ -232,7 +256,7 @@ def test_protocol(s: Settings):
     return protocol_named(s.protocol, parse_size(size) if size else None)
 
 
-# --------------------------------------------------------------------------------- the family of queries: RIPU, baselines
+# --------------------------------------------------------------------------------- the family of queries: RIPU, CBDA, baselines
 
 
 def adapt_by_queries(s: Settings, out: Path, device: torch.device) -> dict:
@@ -254,7 +278,7 @@ def adapt_by_queries(s: Settings, out: Path, device: torch.device) -> dict:
     for step in range(start, s.steps):
         if step in schedule and rounds.complete() == schedule.index(step):
             run.save(step)
-            ask(s, run, target, rounds, schedule.index(step) + 1, out, device)
+            ask(s, run, target, rounds, schedule.index(step) + 1, out)
         if target is not None and (step in schedule or step == start):  # labels have changed: read on from here
             known = partial(labels_known, target, rounds, upto=sum(q <= step for q in schedule))
             labels_of = None if s.strategy == "full" else known
@@ -274,7 +298,12 @@ def adapt_by_queries(s: Settings, out: Path, device: torch.device) -> dict:
             run.save(step + 1)
 
     records = [rounds.record(number + 1) for number in range(rounds.complete())]
-    return {**evaluate(run.model, validation, test_protocol(s), device), "budget": ledger(records), "steps": s.steps}
+    return {
+        **evaluate(run.model, validation, test_protocol(s), device),
+        "budget": ledger(records),
+        "steps": s.steps,
+        "cbda": s.cbda,
+    }
 
 
 def losses_of_step(s: Settings, model, source, target) -> dict[str, torch.Tensor]:
@@ -304,51 +333,84 @@ def losses_of_step(s: Settings, model, source, target) -> dict[str, torch.Tensor
     return losses
 
 
-@torch.no_grad()
-def ask(s: Settings, run: Run, target: SegmentationDataset, rounds: Rounds, number: int, out: Path, device) -> None:
-    """One query round over the whole target set: score, select, ask the oracle, store, draw (RIPU's region selection).
-
-    Scores are taken on the logits at the image's full size, in eval mode, one image at a time. A pick blocks the centres
-    within 2k (regions) or k (ripu-pa) in this round and, through the pixels asked so far, in all later ones.
-    """
+def ask(s: Settings, run: Run, target: SegmentationDataset, rounds: Rounds, number: int, out: Path) -> None:
+    """One query round over the whole target set: score and select, ask the oracle, store, draw, report."""
     began = time.time()
-    run.model.eval()
-    pixelwise = s.strategy == "ripu-pa"
-    paint_radius, block_radius = (0, s.radius) if pixelwise else (s.radius, 2 * s.radius)
-    size = parse_size(s.target_size)
-    images = load(ImagesOnly(target), s.workers, batch_size=None)
+    records = [rounds.record(earlier + 1) for earlier in range(number - 1)]
+    centres, shown, notes = choose(s, run, target, rounds, number, records)
+    size, paint_radius = parse_size(s.target_size), 0 if s.unit == "pixel" else s.radius
     with rounds.new(number) as new:
-        for index, (sample, image) in enumerate(zip(target.samples, images, strict=True)):
-            x = normalise(resize_image(image, size).to(device))[None]
-            with run.autocast():
-                logits = run.model(x).float()
-            logits = deeplab.upsample(logits, sample.size)[0]  # (C,H,W) at full size
-            score = score_of(s, logits, mix_seed(s.seed, 3, number, index))
+        for index, sample in enumerate(target.samples):
             before = rounds.asked(sample.id, sample.size, number - 1)
-            blocked = acquisition.dilate(before.to(device), s.radius) if number > 1 else None
-            count = regions_due(sample.size, s, int(before.sum()))
-            centres = acquisition.select_regions(score, count, block_radius, blocked)
-            asked = acquisition.paint(centres, paint_radius, sample.size)
-            answers = new.add(sample.id, asked, ground_truth(target, index), len(centres), size, s.keep_labels)
-            if s.pictures and index % math.ceil(len(target) / s.pictures) == 0:
+            asked = acquisition.paint(centres[index], paint_radius, sample.size)
+            oracle = ground_truth(target, index)
+            answers = new.add(sample.id, asked, oracle, len(centres[index]), size, s.keep_labels)
+            if index in shown:
                 known = rounds.labels(sample.id, sample.size, number - 1)
                 panels = {
-                    "image": image,
-                    "prediction": logits.argmax(0).to(torch.uint8),
-                    "score": score,
-                    "asked so far": before | asked.cpu(),
+                    **shown[index],
+                    "asked so far": before | asked,
                     "answers so far": torch.where(answers == IGNORE, known, answers),
                     "truth": target.labels(index),
                 }
                 save_picture(panels, sample.size, out / "pictures" / f"round-{number:02d}" / f"{sample.id}.png")
-    run.model.train()
+        new.notes = notes
     record = rounds.record(number)
+    class_picture(ledger([*records, record])["classes"], out / "pictures" / f"round-{number:02d}" / "classes.png")
     print(
         f"round {number}/{s.rounds}: asked {record['asked']:,} px ({record['regions']:,} picks, "
         f"{len(record['images'])} images), labelled {record['labelled']:,}, ignored by the truth {record['ignored']:,}, "
         f"left at {s.target_size} {record['trained']:,} ({time.time() - began:.0f} s)",
         flush=True,
     )
+
+
+@torch.no_grad()
+def choose(s: Settings, run: Run, target: SegmentationDataset, rounds: Rounds, number: int, records: list[dict]):
+    """Which centres round `number` asks: (centres (n,2) int64 of every image, panels of the images drawn, notes).
+
+    RIPU: each image has its own budget. CBDA `dynamic`: one budget over all images; `balance`: scores are weighted by what
+    the classes have consumed so far. Scores are taken on the logits at the image's full size, in eval mode, one image at a
+    time. A pick blocks the centres within 2k (regions) or k (pixels) in this round and, through the pixels asked so far,
+    in all later ones.
+    """
+    dynamic, balance = (s.strategy == "cbda" and s.cbda in (part, "both") for part in ("dynamic", "balance"))
+    whole = budget_pixels(s, [sample.size for sample in target.samples])
+    notes: dict = {"budget_px": whole}
+    weights = None
+    if balance:
+        weights = acquisition.class_weights(torch.tensor([*ledger(records)["classes"].values()]), whole)
+        notes["class_weights"] = dict(zip(NAMES, weights.tolist(), strict=True))
+    count = regions_due(whole, s, sum(record["asked"] for record in records))  # of the round, over all images
+    pool = acquisition.GlobalBudget(count)
+    block_radius = s.radius if s.unit == "pixel" else 2 * s.radius
+    centres, shown, every = [], {}, math.ceil(len(target) / max(1, s.pictures))
+    run.model.eval()
+    for index, image in enumerate(load(ImagesOnly(target), s.workers, batch_size=None)):
+        sample = target.samples[index]
+        x = normalise(resize_image(image, parse_size(s.target_size)).to(run.device))[None]
+        with run.autocast():
+            logits = run.model(x).float()
+        logits = deeplab.upsample(logits, sample.size)[0]  # (C,H,W) at full size
+        prediction, score = logits.argmax(0), score_of(s, logits, mix_seed(s.seed, 3, number, index))
+        if balance:
+            score = acquisition.class_balanced(score, prediction, weights)
+        before = rounds.asked(sample.id, sample.size, number - 1)
+        blocked = acquisition.dilate(before.to(run.device), s.radius) if number > 1 else None
+        due = count if dynamic else regions_due(budget_pixels(s, [sample.size]), s, int(before.sum()))
+        free = score.masked_fill(score < pool.floor, -math.inf) if dynamic else score
+        picked = acquisition.select_regions(free, due, block_radius, blocked)
+        if dynamic:
+            pool.add(index, picked, score[picked[:, 0], picked[:, 1]])
+        centres.append(picked.cpu())
+        if s.pictures and index % every == 0:
+            shown[index] = {"image": image, "prediction": prediction.to(torch.uint8).cpu(), "score": score.cpu()}
+    run.model.train()
+    if dynamic:
+        picks = pool.select()
+        centres = [picks.get(index, torch.empty(0, 2, dtype=torch.int64)) for index in range(len(target))]
+        notes["threshold"] = pool.threshold
+    return centres, shown, notes
 
 
 def labels_known(target: SegmentationDataset, rounds: Rounds, index: int, upto: int) -> torch.Tensor:

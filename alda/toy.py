@@ -296,9 +296,6 @@ def street_floor(scene: Scene) -> None:
             scene.ground(side * (half - 2.3), side * (half - 2.45), NEAR, 60, mark)
     for i in range(14):
         scene.ground(-0.08, 0.08, 2 + 6 * i, 5 + 6 * i, mark)
-    if rng.random() < 0.4:  # mended asphalt
-        x, z = rng.uniform(-half, half), rng.uniform(4, 30)
-        scene.ground(x - 1, x + 1, z, z + rng.uniform(2, 9), lit(road, rng.choice((0.85, 1.12))))
     if scene.junction < FAR:
         scene.ground(-200, 200, scene.junction, scene.junction + 9, road, "road")
         for i in range(int(half * 2 / 1.2)):
@@ -596,6 +593,8 @@ def place(scene: Scene, name: str) -> tuple | None:
         if name in VEHICLES and scene.junction < FAR and rng.random() < 0.35:  # on the crossing street
             across, z, x = True, scene.junction + rng.choice((1.5, 5)), scene.eye_x + rng.uniform(-12, 12)
         half_x, deep = (length / 2, 2.6) if across else (wide, length)
+        if abs(x) > half and not across and scene.junction - 1 < z < scene.junction + 9:  # would stand on the crossing street
+            continue
         if any(abs(x - tx) < half_x + tw and tz < z + deep and z < tz + td for tx, tz, tw, td in scene.taken):
             continue
         scene.taken.append((x, z, half_x, deep))
@@ -699,7 +698,8 @@ def _write_pictures(base: Path, seed: int, counts: dict[str, int]) -> None:
         for i in range(counts[split]):
             city = cities[i * len(cities) // counts[split]]
             image, ids = picture("cityscapes", seed, i, (256, 128), city)
-            stem = f"{split}/{city}/{city}_{i:06d}_000019"
+            number = i - -(-cities.index(city) * counts[split] // len(cities))  # from 0 in each city
+            stem = f"{split}/{city}/{city}_{number:06d}_000019"
             _save(base / f"cityscapes/leftImg8bit/{stem}_leftImg8bit.png", image)
             _save(base / f"cityscapes/gtFine/{stem}_gtFine_labelIds.png", ids)
 

@@ -235,3 +235,99 @@ def test_regions_never_overlap_over_rounds_until_the_image_is_exhausted():
         assert not (painted & selected).any()
         selected |= painted
     assert len(picks) == 0 and A.dilate(selected, 1).all()  # nothing is left to ask, and asking is no error
+
+
+# ------------------------------------------------------------------------------------------------------------------ CBDA
+
+
+def test_class_weights_one_can_do_by_hand():
+    assert A.class_weights(torch.zeros(4), 100).tolist() == [1, 1, 1, 1]
+    close(A.class_weights(torch.tensor([0, 5, 25, 60]), 100), [1, 0.8, 0, 0], 1e-7)  # a fair share is 25
+    close(A.class_weights(torch.tensor([5, 5]), 20, torch.tensor([3.0, 1.0])), [1 - 5 / 15, 0], 1e-7)
+    assert A.class_weights(torch.tensor([0, 0]), 20, torch.tensor([1.0, 0.0])).tolist() == [1, 0]
+    for bad in ((torch.tensor([-1, 0]), 9, None), (torch.zeros(2), 0, None), (torch.zeros(2), 9, torch.zeros(2))):
+        with pytest.raises(ValueError):
+            A.class_weights(*bad)
+
+
+def test_class_balanced_ranks_by_weight_times_score():
+    score, prediction = torch.tensor([[0.5, 0.2], [0.4, 1.0]]), torch.tensor([[0, 1], [2, 2]], dtype=torch.uint8)
+    found = A.class_balanced(score, prediction, torch.tensor([1.0, 0.5, 0.0]))
+    close(found, [[0.5, 0.1], [0.0, 0.0]], 1e-7)
+    everyone = A.class_balanced(score, prediction, A.class_weights(torch.zeros(3), 9))
+    assert torch.equal(everyone, score)
+
+
+def stacked_greedy(scores: dict, count: int, radius: int) -> list:
+    """The definition of CBDA's dynamic acquisition: the maximum of the stacked tensor, block around it, again."""
+    scores = {name: score.clone() for name, score in scores.items()}
+    picks = []
+    for _ in range(count):
+        best = max(score.max().item() for score in scores.values())
+        if best == -math.inf:
+            break
+        name = min(n for n, score in scores.items() if score.max().item() == best)
+        row, col = slow_greedy(scores[name], 1, 0)[0].tolist()
+        picks.append((name, row, col))
+        scores[name][max(0, row - radius) : row + radius + 1, max(0, col - radius) : col + radius + 1] = -math.inf
+    return picks
+
+
+def budgeted(scores: dict, count: int, radius: int, per_image: int = 10**6) -> A.GlobalBudget:
+    budget = A.GlobalBudget(count)
+    for name, score in scores.items():
+        free = score.masked_fill(score < budget.floor, -math.inf)
+        centres = A.select_regions(free, min(count, per_image), radius)
+        budget.add(name, centres, score[centres[:, 0], centres[:, 1]])
+    return budget
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+@pytest.mark.parametrize("count", [0, 1, 13, 60, 5000])
+def test_global_budget_equals_the_greedy_on_the_stacked_tensor(levels, count):
+    generator = torch.Generator().manual_seed(count)
+    names = [f"image{i}" for i in torch.randperm(9, generator=generator).tolist()]
+    scores = {n: (torch.rand(14, 17, generator=generator) * levels).floor() - levels / 2 for n in names}
+    budget = budgeted(scores, count, 1)
+    found = budget.select()
+    expected = stacked_greedy(scores, count, 1)
+    for name in names:
+        mine = [[row, col] for n, row, col in expected if n == name]
+        assert found.get(name, torch.empty(0, 2)).tolist() == mine, name
+    lowest = min((scores[n][row, col].item() for n, row, col in expected), default=None)
+    assert budget.threshold == lowest
+
+
+def test_global_budget_holds_no_more_than_twice_the_budget():
+    generator = torch.Generator().manual_seed(0)
+    budget, largest = A.GlobalBudget(200), 0
+    for number in range(50):
+        scores = torch.rand(150, generator=generator).sort(descending=True).values
+        budget.add(number, torch.zeros(150, 2), scores)
+        largest = max(largest, sum(len(values) for values, _ in budget.images.values()))
+    assert largest <= 2 * 200 and sum(len(c) for c in budget.select().values()) == 200
+    with pytest.raises(ValueError, match="added already"):
+        budget.add(3, torch.zeros(0, 2), torch.zeros(0))
+    for bad in (torch.tensor([0.1, 0.2]), torch.tensor([math.nan, 0.0]), torch.tensor([0.2])):
+        with pytest.raises(ValueError, match="best first"):
+            budget.add("new", torch.zeros(2, 2), bad)
+
+
+def _share(rank: int, world: int, path: str, count: int) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=world)
+    scores = torch.load(f"{path}/scores.pt")
+    budget = budgeted({name: scores[name] for name in list(scores)[rank::world]}, count, 1)
+    torch.save((budget.select(), budget.threshold), f"{path}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_picks_of_one(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    scores = {f"image{i}": (torch.rand(20, 30, generator=generator) * 40).floor() for i in range(7)}
+    torch.save(scores, tmp_path / "scores.pt")
+    torch.multiprocessing.spawn(_share, (2, str(tmp_path), 150), nprocs=2)
+    (first, threshold), (second, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    alone = budgeted(scores, 150, 1)
+    expected = alone.select()
+    assert threshold == other == alone.threshold and not first.keys() & second.keys()
+    assert {k: v.tolist() for k, v in (first | second).items()} == {k: v.tolist() for k, v in expected.items()}

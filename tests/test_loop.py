@@ -92,10 +92,14 @@ def interrupt(monkeypatch):
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("strategy", [*loop.STRATEGIES, "ripu deeplabv3plus"])  # V3+ has dropout: random states count
+@pytest.mark.parametrize(
+    "strategy", [*loop.STRATEGIES, "cbda dynamic", "cbda balance", "ripu deeplabv3plus"]
+)  # V3+ has dropout: random states count
 def test_interrupted_and_resumed_equals_uninterrupted(strategy, tiny_world, tmp_path, interrupt, monkeypatch):
-    strategy, *net = strategy.split()
-    options = {"strategy": strategy, "net": net[0] if net else "deeplabv2"}
+    strategy, variant = (*strategy.split(), "")[:2]
+    options = {"strategy": strategy, "budget": 0.022}
+    if variant:
+        options["cbda" if strategy == "cbda" else "net"] = variant
     if strategy == "ripu-pa":
         options["radius"] = 3
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -124,18 +128,27 @@ def check_result(out, strategy, result, world):
     if strategy in ("source-only", "full"):
         assert result["budget"]["asked"] == 0 and not list(out.glob("rounds/*"))
         return
+    dynamic = strategy == "cbda" and result["cbda"] != "balance"
     target, rounds = open_dataset("cityscapes", world, "train"), Rounds(out / "rounds")
     for sample in target.samples:
         first, both = (rounds.asked(sample.id, sample.size, upto) for upto in (1, 2))
-        assert 0 < first.sum() < both.sum()
+        assert dynamic or 0 < first.sum() < both.sum()
         masks = [rounds.asked(sample.id, sample.size, 1), both & ~first]
-        images = [rounds.record(n)["images"][sample.id]["asked"] for n in (1, 2)]
+        images = [rounds.record(n)["images"].get(sample.id, {"asked": 0})["asked"] for n in (1, 2)]
         assert [int(m.sum()) for m in masks] == images  # no pixel is asked twice: the rounds' counts add up
         limit = 40 if strategy == "ripu-pa" else 0.022 * math.prod(sample.size)
-        assert both.sum() <= limit
+        assert dynamic or both.sum() <= limit
     total = sum(rounds.record(n)["asked"] for n in (1, 2))
-    assert result["budget"]["asked"] == total and result["budget"]["images"] == len(target)
-    panels = np.array(Image.open(next((out / "pictures/round-02").glob("*.png"))))
+    assert result["budget"]["asked"] == total and result["budget"]["images"] <= len(target)
+    assert strategy == "ripu-pa" or total <= 0.022 * sum(math.prod(sample.size) for sample in target.samples)
+    if strategy == "cbda":
+        second = rounds.record(2)
+        assert ("threshold" in second) == dynamic and ("class_weights" in second) == (result["cbda"] != "dynamic")
+        if result["cbda"] != "dynamic":
+            budget, classes = second["budget_px"], rounds.record(1)["classes"]
+            expected = {name: max(0, 1 - n * 19 / budget) for name, n in classes.items()}
+            assert second["class_weights"] == pytest.approx(expected)
+    panels = np.array(Image.open(next((out / "pictures/round-02").glob("*_000019.png"))))
     assert panels.shape[1] > 6 * 128
 
 
@@ -204,17 +217,18 @@ def test_schedules_are_the_published_ones():
 
 def test_regions_due_follow_the_paper_and_never_pass_the_budget():
     s = loop.settings_for({"strategy": "ripu"})
-    size, spent, counts = (1024, 2048), 0, []
+    budget, spent, counts = loop.budget_pixels(s, [(1024, 2048)]), 0, []
     for _ in range(6):
-        counts.append(loop.regions_due(size, s, spent))
+        counts.append(loop.regions_due(budget, s, spent))
         spent += counts[-1] * 9
-    assert counts == [1026, 1026, 1026, 1026, 1022, 0] and spent <= 0.022 * 1024 * 2048
+    assert counts == [1026, 1026, 1026, 1026, 1022, 0] and spent <= budget == 46137
     s = loop.settings_for({"strategy": "ripu-pa"})
-    assert [loop.regions_due(size, s, n) for n in (0, 8, 32, 36, 40)] == [8, 8, 8, 4, 0]
+    assert loop.budget_pixels(s, [(1024, 2048)] * 3) == 120
+    assert [loop.regions_due(40, s, n) for n in (0, 8, 32, 36, 40)] == [8, 8, 8, 4, 0]
     whole = loop.settings_for({"strategy": "ripu", "budget": 1.0, "rounds": 1})
-    assert loop.regions_due((30, 30), whole, 0) == 100  # more than can be placed: the selection returns fewer
+    assert loop.regions_due(900, whole, 0) == 100  # more than can be placed: the selection returns fewer
     with pytest.raises(InputError, match="less than one region"):
-        loop.regions_due((10, 10), s.__class__(strategy="ripu"), 0)
+        loop.regions_due(2, whole, 0)
 
 
 @pytest.mark.parametrize(
