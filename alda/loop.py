@@ -145,6 +145,8 @@ class Settings:
         for name in ("steps", "batch", "rounds", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.strategy == "source-only" and self.source_free:
+            raise InputError("--strategy source-only --source-free leaves nothing to train on")
         if not 0 < self.budget <= 1:
             raise InputError(f"--budget is a share of the pixels, above 0 and at most 1; got {self.budget}")
 
@@ -162,8 +164,8 @@ TOY = {
     "backbone": "resnet18",
     "net": "deeplabv3plus",
     "init": "none",
-    "steps": 400,
-    "batch": 4,
+    "steps": 500,
+    "batch": 2,
     "lr": 0.01,
     "source_size": "160x80",
     "target_size": "160x80",
@@ -272,6 +274,10 @@ def adapt_by_queries(s: Settings, out: Path, device: torch.device) -> dict:
     rounds = Rounds(out / "rounds")
     run = Run(s, out, device)
     start = run.resume()
+    if rounds.complete() < sum(q < start for q in schedule):
+        raise InputError(
+            f"{rounds.folder}: rounds asked before step {start} are missing; restore them or use another --out"
+        )
     source_batches = None if source is None else batches(s, source, start, stream=1, labels_of=None)
     target_batches = None
 
@@ -312,9 +318,7 @@ def losses_of_step(s: Settings, model, source, target) -> dict[str, torch.Tensor
     RIPU Eq. (9): L = CE(source) + CE(queried target) + 0.1 consistency(source) + 1.0 negative(target).
     """
     given = [batch for batch in (source, target) if batch is not None]
-    if (
-        len(given) == 2 and source[0].shape == target[0].shape
-    ):  # one pass: live batch norm then sees both domains at once
+    if len(given) == 2 and source[0].shape == target[0].shape:  # live batch norm then sees both domains at once
         given_logits = list(model(torch.cat([source[0], target[0]])).chunk(2))
     else:
         given_logits = [model(images) for images, _ in given]
@@ -402,7 +406,8 @@ def choose(s: Settings, run: Run, target: SegmentationDataset, rounds: Rounds, n
         picked = acquisition.select_regions(free, due, block_radius, blocked)
         if dynamic:
             pool.add(index, picked, score[picked[:, 0], picked[:, 1]])
-        centres.append(picked.cpu())
+        else:
+            centres.append(picked.cpu())
         if s.pictures and index % every == 0:
             shown[index] = {"image": image, "prediction": prediction.to(torch.uint8).cpu(), "score": score.cpu()}
     run.model.train()

@@ -83,8 +83,8 @@ LOOKS = {
     "gta5": Look(
         focal=(0.85, 1.05), eye=(1.4, 2.1), horizon=(0.40, 0.50), road=(5.0, 8.0), pavement=(2.5, 5.0), height=(6, 24),
         plots={"building": 5, "wall": 1.0, "fence": 0.9, "hedge": 0.5, "garden": 0.8, "park": 1.8},
-        things={"truck": 0.22, "bus": 0.12, "train": 0.10, "motorcycle": 0.18, "motorcyclist": 0.16, "bicycle": 0.5,
-                "cyclist": 0.2, "signal": 1.2, "sign": 1.4, "lamp": 2.5, "parked": 2.0, "car": 1.8, "person": 4.0, "tree": 3.0,
+        things={"truck": 0.22, "bus": 0.12, "train": 0.10, "motorcycle": 0.18, "motorcyclist": 0.18, "bicycle": 0.5,
+                "cyclist": 0.25, "signal": 1.2, "sign": 1.4, "lamp": 2.5, "parked": 2.0, "car": 1.8, "person": 4.0, "tree": 3.0,
                 "bin": 0.4},
         colours={
             "road": "6f6a63 77716a 67655f", "mark": "f0ead2 f2d25a", "sidewalk": "c2b59b b8a78c cdbfa6", "roof": "8a5a3c",
@@ -122,8 +122,8 @@ LOOKS = {
     "cityscapes": Look(
         focal=(1.02, 1.12), eye=(1.2, 1.35), horizon=(0.40, 0.47), road=(3.4, 6.0), pavement=(2.2, 4.5), height=(8, 20),
         plots={"building": 5, "wall": 1.1, "fence": 1.0, "hedge": 0.5, "garden": 0.8, "park": 1.6},
-        things={"truck": 0.08, "bus": 0.09, "train": 0.09, "motorcycle": 0.11, "motorcyclist": 0.10, "bicycle": 0.7,
-                "cyclist": 0.26, "signal": 0.8, "sign": 1.7, "lamp": 2.3, "parked": 2.3, "car": 1.0, "person": 4.0, "tree": 4.0,
+        things={"truck": 0.08, "bus": 0.09, "train": 0.09, "motorcycle": 0.11, "motorcyclist": 0.14, "bicycle": 0.65,
+                "cyclist": 0.34, "signal": 0.8, "sign": 1.7, "lamp": 2.3, "parked": 2.3, "car": 1.0, "person": 4.0, "tree": 4.0,
                 "bin": 0.3},
         colours={
             "road": "6a6e72 777a7b 5e646c", "mark": "c9cccd b9bdc0", "sidewalk": "8f8f92 9c9892 868d95", "roof": "5a3f3a 45484e",
@@ -231,9 +231,11 @@ class Panel(NamedTuple):
 
     def point(self, s: float, t: float) -> tuple[float, float]:
         """Where (s, t) lies in the drawing, in pixels."""
+        a, b, c, d = self.corners
         wa, wb, wc, wd = (1 - s) * (1 - t), s * (1 - t), s * t, (1 - s) * t
-        xyz = [wa * a + wb * b + wc * c + wd * d for a, b, c, d in zip(*self.corners, strict=True)]
-        return self.scene.project(*xyz)
+        x = wa * a[0] + wb * b[0] + wc * c[0] + wd * d[0]
+        y = wa * a[1] + wb * b[1] + wc * c[1] + wd * d[1]
+        return self.scene.project(x, y, wa * a[2] + wb * b[2] + wc * c[2] + wd * d[2])
 
     def fill(self, colour: tuple | None, outline=((0, 0), (1, 0), (1, 1), (0, 1)), cls: str | None = None) -> None:
         z = (self.corners[0][2] + self.corners[1][2]) / 2
@@ -393,7 +395,7 @@ def plant(scene: Scene, x: float, z: float, bush: bool = False) -> None:
             panel.fill(lit(leaf, 0.75 + 0.1 * i), ((-wide, base), (wide, base), (0, base + tall * 0.38)), "vegetation")
         return
     for gain, size, count in ((0.7, 0.62, 6), (0.95, 0.5, 6), (1.25, 0.3, 5)):
-        for _ in range(count):
+        for _ in range(count if z < 40 else count // 2):
             lean = 0.3 * crown * (gain - 0.7)
             s, t = rng.gauss(0, 0.42) * crown + scene.sun * lean, tall * 0.68 + rng.gauss(0, 0.36) * crown + lean
             panel.disc(lit(leaf, gain), s, t, (size * crown, size * crown), "vegetation")
@@ -401,8 +403,8 @@ def plant(scene: Scene, x: float, z: float, bush: bool = False) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------- figures
 
-# Class, then shapes in painting order: colour, its brightness, size, points in metres right of and above the foot.
-# One point makes a disc (size: its radius), two make a bar (size: its width), more a polygon.
+# Class, then shapes in painting order: colour, its brightness, size, points in metres (right of the foot, above it).
+# One point makes a disc (size: its radius), two make a bar (size: its width), more make a polygon.
 FIGURES = {
     "person": ("person", ("cloth 2", 0.7, 0.19, (-0.04, 0.9), (-0.15, 0)), ("cloth 2", 0.7, 0.19, (0.04, 0.9), (0.15, 0)),
         ("cloth", 0.8, 0.12, (-0.2, 1.42), (-0.3, 0.85)), ("cloth", 0.8, 0.12, (0.2, 1.42), (0.3, 0.85)),
@@ -593,9 +595,9 @@ def place(scene: Scene, name: str) -> tuple | None:
         if name in VEHICLES and scene.junction < FAR and rng.random() < 0.35:  # on the crossing street
             across, z, x = True, scene.junction + rng.choice((1.5, 5)), scene.eye_x + rng.uniform(-12, 12)
         half_x, deep = (length / 2, 2.6) if across else (wide, length)
-        if abs(x) > half and not across and scene.junction - 1 < z < scene.junction + 9:  # would stand on the crossing street
-            continue
-        if any(abs(x - tx) < half_x + tw and tz < z + deep and z < tz + td for tx, tz, tw, td in scene.taken):
+        off_kerb = not across and abs(x) > half and -1 < z - scene.junction < 9  # it would stand on the crossing street
+        clash = any(abs(x - tx) < half_x + tw and tz < z + deep and z < tz + td for tx, tz, tw, td in scene.taken)
+        if off_kerb or clash:
             continue
         scene.taken.append((x, z, half_x, deep))
         if name == "tree":
@@ -751,7 +753,7 @@ def ensure(root: str | Path, seed: int = 0, counts: dict[str, int] = FULL) -> Pa
     if not root.exists() or _is_empty(root):
         try:
             return write(root, seed, counts)
-        except OSError:  # another process was faster: its world is checked below
+        except (OSError, InputError):  # if another process was faster, its world is checked below
             if not (root / MARKER).is_file():
                 raise
     try:

@@ -240,6 +240,7 @@ def test_regions_due_follow_the_paper_and_never_pass_the_budget():
         ({"query_steps": "5,2"}, "growing steps"),
         ({"query_steps": "a,b"}, "is a list like"),
         ({"target_size": "64"}, "WIDTHxHEIGHT"),
+        ({"strategy": "source-only", "source_free": "x.pt"}, "nothing to train on"),
         ({"init": "nowhere.pt"}, "nowhere.pt"),
         ({"batch_norm": "frozen"}, "frozen"),
         ({"root": "/nowhere"}, "no gta5 images"),
@@ -247,7 +248,7 @@ def test_regions_due_follow_the_paper_and_never_pass_the_budget():
     ],
 )
 def test_user_mistakes_are_one_line_and_status_2(changes, message, tiny_world, tmp_path, capsys):
-    assert loop.main(arguments(tiny_world, tmp_path / "out", strategy="ripu", **changes)) == 2
+    assert loop.main(arguments(tiny_world, tmp_path / "out", **{"strategy": "ripu", **changes})) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
 
@@ -269,8 +270,21 @@ def test_two_runs_are_never_mixed(tiny_world, tmp_path, capsys):
     assert "--steps 2 -> 3" in capsys.readouterr().err
 
 
+def test_a_lost_round_is_noticed_on_resume(tiny_world, tmp_path, capsys, interrupt, monkeypatch):
+    interrupt("losses_of_step", 7)
+    with pytest.raises(KeyboardInterrupt):
+        loop.main(arguments(tiny_world, tmp_path, strategy="ripu"))
+    monkeypatch.undo()
+    (tmp_path / "rounds/02").rename(tmp_path / "lost")
+    assert loop.main(arguments(tiny_world, tmp_path, strategy="ripu", resume=True)) == 2
+    assert "rounds asked before step 6 are missing" in capsys.readouterr().err
+
+
 def test_help_groups_the_options(capsys):
     with pytest.raises(SystemExit):
         loop.main(["--help"])
     out = capsys.readouterr().out
-    assert all(f"{group}:" in out for group in ("run", "network", "schedule", "queries", "RIPU losses", "evaluation"))
+    assert all(
+        f"{group}:" in out for group in ("run", "network", "schedule", "queries", "RIPU losses", "CBDA", "evaluation")
+    )
+    assert "this project's formula" in " ".join(out.split())

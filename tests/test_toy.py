@@ -134,21 +134,23 @@ def test_frequencies_have_a_long_tail(pixels):
 
 
 def test_domains_and_cities_look_different(world):
-    def colour(data, name, group=None):
+    def mean_colours(data, name, city=None):
+        """(N,3): the class's mean colour in each picture that shows enough of it."""
         means = []
         for i, sample in enumerate(data.samples):
             image, labels = data[i]
             mask = labels == NAMES.index(name)
-            if mask.sum() > 50 and group in (None, sample.group):
+            if mask.sum() > 50 and city in (None, sample.group):
                 means.append(image[:, mask].float().mean(1))
         return torch.stack(means)
 
     gta5, train = open_dataset("gta5", world), open_dataset("cityscapes", world, "train")
     for name in ("building", "vegetation", "sky", "car"):
-        a, b = colour(gta5, name), colour(train, name)
-        assert (a.mean(0) - b.mean(0)).abs().max() > 8, (name, a.mean(0), b.mean(0))  # of 255: between the domains
-        assert a.std(0).max() > 5 and b.std(0).max() > 5, name  # from picture to picture within a domain
-    cities = [colour(train, "road", city).mean(0) for city in toy.CITIES["train"]]
+        source, target = mean_colours(gta5, name), mean_colours(train, name)
+        spread = [(m.amax(1) - m.amin(1)).mean() for m in (source, target)]
+        assert spread[0] > 1.15 * spread[1], (name, spread)  # the source is the more colourful one
+        assert source.std(0).max() > 5 and target.std(0).max() > 5, name  # no constant colour within a domain
+    cities = [mean_colours(train, "road", city).mean(0) for city in toy.CITIES["train"]]
     assert max((a - b).abs().max() for a in cities for b in cities) > 15
 
 
