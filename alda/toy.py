@@ -395,7 +395,7 @@ def plant(scene: Scene, x: float, z: float, bush: bool = False) -> None:
             panel.fill(lit(leaf, 0.75 + 0.1 * i), ((-wide, base), (wide, base), (0, base + tall * 0.38)), "vegetation")
         return
     for gain, size, count in ((0.7, 0.62, 6), (0.95, 0.5, 6), (1.25, 0.3, 5)):
-        for _ in range(count if z < 40 else count // 2):
+        for _ in range(count):
             lean = 0.3 * crown * (gain - 0.7)
             s, t = rng.gauss(0, 0.42) * crown + scene.sun * lean, tall * 0.68 + rng.gauss(0, 0.36) * crown + lean
             panel.disc(lit(leaf, gain), s, t, (size * crown, size * crown), "vegetation")
