@@ -161,6 +161,30 @@ def test_the_seed_decides_and_the_workers_do_not(tiny_world, tmp_path):
     assert not torch.equal(a["backbone.conv1.weight"], c["backbone.conv1.weight"])
 
 
+def test_pixel_queries_of_cbda_with_every_switch_turned(tiny_world, tmp_path):
+    """--rules code, --keep-labels, bfloat16, validation along the way, pixel picks at 20 %, SYNTHIA as the source."""
+    switches = {"rules": "code", "keep_labels": True, "precision": "bfloat16", "eval_every": 4, "src": "synthia"}
+    options = {
+        "strategy": "cbda",
+        "unit": "pixel",
+        "radius": 1,
+        "budget": 0.2,
+        "source_sampling": "uniform",
+        **switches,
+    }
+    assert loop.main(arguments(tiny_world, tmp_path, **options)) == 0
+    result = json.loads((tmp_path / "result.json").read_text())["budget"]
+    pixels = sum(math.prod(s.size) for s in open_dataset("cityscapes", tiny_world, "train").samples)
+    assert result["asked"] == result["regions"] <= 0.2 * pixels  # a pick is one pixel
+    assert result["asked"] > 0.1 * pixels
+    lines = metric_lines(tmp_path)
+    assert [line["step"] for line in lines if "mIoU19" in line] == [4, 8]
+    row = next(iter(Rounds(tmp_path / "rounds").record(1)["images"].values()))
+    assert 0 < row["share"] <= 1 and row["trained"] > 0
+    histogram = np.array(Image.open(tmp_path / "pictures/round-01/classes.png").convert("RGB"))
+    assert (histogram != 255).any()
+
+
 def test_source_free_sees_no_source_image(tiny_world, tmp_path, capsys):
     assert loop.main(arguments(tiny_world, tmp_path / "pre", strategy="source-only", steps=2)) == 0
     before = state_of(tmp_path / "pre")["model"]
