@@ -474,10 +474,14 @@ def main(argv: list[str] | None = None) -> int:
         (out / "result.json").write_text(json.dumps(result, indent=1))
         print(f"{mark}{s.strategy}, last checkpoint, {result['images']} validation images\n{describe(result)}")
         return 0
-    except (InputError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, FloatingPointError, OSError) as error:
+        text = str(error).strip().splitlines()[-1]  # from a loading process the message comes below its traceback
+        print(f"error: {text.removeprefix('alda.errors.InputError: ')}", file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command with --resume goes on from the last checkpoint")

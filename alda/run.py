@@ -102,17 +102,9 @@ class Run:
         s = self.s
         if self.clock is None:
             self.clock = (step - 1, time.time())
-        if step % s.log_every and step % s.checkpoint_every and step != s.steps:
-            return
-        values = torch.stack(self.history).cpu()
-        if not values.isfinite().all():
-            row = (~values.isfinite()).any(1).nonzero()[0].item()
-            losses = dict(zip(self.names, values[row].tolist(), strict=True))
-            raise FloatingPointError(
-                f"step {step - len(values) + row + 1}: a loss is not finite: {losses}; try a lower --lr"
-            )
         if step % s.log_every and step != s.steps:
             return
+        values = self.finite_losses(step)
         self.history = []
         means = dict(zip(self.names, values.mean(0).tolist(), strict=True))
         rate = (step - self.clock[0]) / (time.time() - self.clock[1])
@@ -132,12 +124,23 @@ class Run:
             flush=True,
         )
 
+    def finite_losses(self, step: int) -> torch.Tensor:
+        """The losses since the last progress line, (n,L) on the host; raises FloatingPointError where one is not finite."""
+        values = torch.stack(self.history).cpu() if self.history else torch.empty(0, len(self.names))
+        if not values.isfinite().all():
+            row = (~values.isfinite()).any(1).nonzero()[0].item()
+            losses = dict(zip(self.names, values[row].tolist(), strict=True))
+            where = step - len(values) + row + 1
+            raise FloatingPointError(f"step {where}: a loss is not finite: {losses}; try a lower --lr")
+        return values
+
     def write_metrics(self, line: dict) -> None:
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def save(self, step: int) -> None:
         """Writes checkpoints/last.pt: everything that the rest of the run depends on. Under a temporary name, then renamed."""
+        self.finite_losses(step)  # a network that is lost is never saved, and never asks an annotator
         state = {
             "network": self.network,
             "step": step,  # the samplers' positions and the rounds to be read follow from it
@@ -170,8 +173,8 @@ class Run:
             torch.cuda.set_rng_state_all(state["random_cuda"])
         metrics = self.out / "metrics.jsonl"
         if metrics.is_file():  # lines written after the checkpoint will be written again
-            lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= state["step"]]
-            metrics.write_text("".join(line + "\n" for line in lines))
+            whole = [line for line in metrics.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last
+            metrics.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= state["step"]))
         print(f"resumed from step {state['step']}", flush=True)
         return state["step"]
 
@@ -220,5 +223,6 @@ def prepare(s) -> Path:
         "versions": {"alda": code_version(), "python": platform.python_version(), **versions},
         "toy": s.root == "toy",
     }
-    config.write_text(json.dumps(record, indent=1))
+    config.with_suffix(".incomplete").write_text(json.dumps(record, indent=1))
+    os.replace(config.with_suffix(".incomplete"), config)
     return out

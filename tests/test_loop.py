@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,21 @@ def test_a_loss_that_is_not_finite_stops_with_all_of_them(tiny_world, tmp_path, 
     assert loop.main(arguments(tiny_world, tmp_path, strategy="ripu", lr=1e9)) == 2
     err = capsys.readouterr().err
     assert "a loss is not finite: {'source':" in err and "'negative':" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_truncated_file_is_one_line_from_any_process(workers, tiny_world, tmp_path, capsys):
+    shutil.copytree(tiny_world / "gta5", tmp_path / "gta5")
+    (tmp_path / "cityscapes").symlink_to(tiny_world / "cityscapes")
+    for path in (tmp_path / "gta5/images").glob("*.png"):
+        path.write_bytes(path.read_bytes()[:2000])
+    assert loop.main(arguments(tmp_path, tmp_path / "out", strategy="source-only", workers=workers)) == 2
+    err = capsys.readouterr().err
+    assert (
+        err.startswith(f"error: {tmp_path}/gta5/images/")
+        and err.count("\n") == 1
+        and "cannot be read as an image" in err
+    )
 
 
 def test_rounds_that_stand_are_never_asked_again(tiny_world, tmp_path, interrupt, monkeypatch):
