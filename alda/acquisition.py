@@ -376,3 +376,36 @@ def _gather(items: list) -> list:
     parts = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+# ------------------------------------------------------------------------------------------------ STAL: images as queries
+
+
+def image_uncertainty(prob: torch.Tensor) -> torch.Tensor:
+    """STAL's score of a whole image, Eq. (8): the mean pixel entropy over log C, in [0,1].
+
+    Probabilities (C,H,W) -> 0-dim, (N,C,H,W) -> (N,), float32 on the same device.
+    """
+    return pixel_entropy(prob).mean((-2, -1))
+
+
+def split_by_group(sizes: dict, count: int) -> dict:
+    """How many of `count` images to ask for in each group (city): {group: remaining images} -> {group: quota}.
+
+    STAL asks in proportion to the remaining images. The quotas are n_g = count * size_g / sum_h size_h cut to whole images,
+    the missing ones go to the largest remainders (ties: the earlier group). They sum to `count` and no group is asked for
+    more than it has. The official code rounds each (halves to even) with a fixed total of 2975 and gives what is missing or
+    too much to one city, zurich: its quotas need not be near their shares. Raises ValueError for a negative size or a
+    count outside 0..sum of sizes.
+    """
+    total = sum(sizes.values())
+    if min(sizes.values(), default=0) < 0 or not 0 <= count <= total:
+        raise ValueError(
+            f"cannot ask for {count} of {total} remaining images ({sizes}); ask for at most as many as remain"
+        )
+    shares = {group: divmod(count * size, max(total, 1)) for group, size in sizes.items()}  # (whole, remainder * total)
+    quotas = {group: whole for group, (whole, _) in shares.items()}
+    largest = sorted(shares, key=lambda group: -shares[group][1])  # a stable sort: ties keep the order of `sizes`
+    for group in largest[: count - sum(quotas.values())]:
+        quotas[group] += 1
+    return quotas
