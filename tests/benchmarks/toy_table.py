@@ -18,7 +18,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE = ["--steps", "600", "--batch", "4"]
-ADAPT = ["--steps", "300", "--query-steps", "0,20,40,60,80", "--batch", "2", "--lr", "0.005", "--batch-norm", "live"]
+ADAPT = [
+    "--steps",
+    "450",
+    "--poly-steps",
+    "450",
+    "--query-steps",
+    "0,20,40,60,80",
+    "--batch",
+    "2",
+    "--lr",
+    "0.005",
+    "--batch-norm",
+    "live",
+]
 COMMON = ["--root", "toy", "--precision", "bfloat16", "--threads", "1", "--pictures", "3", "--resume"]
 
 
