@@ -187,6 +187,11 @@ def select_regions(
     walk over the sorted list on the host takes every candidate that no earlier pick has blocked. A quarter of them is
     nearly always enough and is tried first.
     """
+    if score.dim() != 2 or count < 0 or block_radius < 0 or (blocked is not None and blocked.shape != score.shape):
+        shapes = f"{tuple(score.shape)}, blocked {None if blocked is None else tuple(blocked.shape)}"
+        raise ValueError(
+            f"needs one (H,W) score, blocked alike, count and radius at least 0; got {shapes}, {count}, {block_radius}"
+        )
     height, width = score.shape
     values = score.detach().float()
     values = values.masked_fill(values.isnan(), -math.inf)
@@ -277,7 +282,8 @@ class GlobalBudget:
 
     The paper stacks the scores of all images in one tensor and takes the highest, whatever image they are in. Picks block
     each other within an image only, so that is the merge of the images' own greedy sequences, which this class makes
-    without the stacked tensor. Equal scores go to the smaller image id, then to the earlier pick.
+    without the stacked tensor. Where the last of equal scores do not all fit (zeros, often), the images take turns, the smaller
+    id first.
 
     Memory: at most 2 * count picks and those of the image just added, 12 bytes each (score, row, column); `add` then throws
     away what can no longer win. `floor` is the score below which nothing can win any more. Under torch.distributed every
@@ -336,14 +342,26 @@ class GlobalBudget:
         }
         ties = [(name, _at_least(values, value) - above[name]) for name, (values, _) in self.images.items()]
         spare = wanted - total(sum(above.values()))
-        for name, number in sorted(gather([tie for tie in ties if tie[1]])):  # ties at the threshold: by image id
+        for name, number in _in_turns(sorted(gather([tie for tie in ties if tie[1]])), spare):
             if name in above:
-                above[name] += min(number, spare)
-            spare -= min(number, spare)
+                above[name] += number
         for name, (values, centres) in self.images.items():
             if above[name] < len(values):  # copies, so that what is cut off is given back
                 self.images[name] = (values[: above[name]].copy(), centres[: above[name]].copy())
         return float(value) if wanted else None
+
+
+def _in_turns(ties: list[tuple], spare: int) -> list[tuple]:
+    """(id, ties) of the images to (id, how many of them win) when the images take turns until `spare` have won."""
+    numbers = np.array([number for _, number in ties], np.int64)
+    low, high = 0, int(numbers.max(initial=0))  # bisects for the most full turns that fit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if np.minimum(numbers, middle).sum() <= spare else (low, middle - 1)
+    granted = np.minimum(numbers, low)
+    left = np.flatnonzero(numbers > low)[: spare - int(granted.sum())]
+    granted[left] += 1
+    return [(name, int(number)) for (name, _), number in zip(ties, granted, strict=True)]
 
 
 def _at_least(values: np.ndarray, value: np.float32) -> int:

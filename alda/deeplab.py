@@ -424,7 +424,10 @@ def read(path):
             with torch.serialization.safe_globals([*names, np.dtype, *kinds]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError) as error:
-        raise InputError(f"{path} is no readable torch checkpoint: {' '.join(str(error).split())[:300]}") from error
+        kind = type(error).__name__
+        raise InputError(
+            f"{path} is no torch checkpoint of tensors and plain values ({kind}): is it another file?"
+        ) from error
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors")
     return content

@@ -203,8 +203,8 @@ def _panel(values: torch.Tensor) -> np.ndarray:
     return colourise(values.numpy())
 
 
-def class_picture(classes: dict[str, int], path: Path, target: list[float] | None = None) -> None:
-    """Bars of the labelled pixels per class (shares) against the `target` distribution (uniform unless given), as a PNG.
+def class_picture(classes: dict[str, int], path: Path, balanced: bool) -> None:
+    """Bars of the labelled pixels per class (shares) as a PNG; with `balanced` against CBDA's uniform target distribution.
 
     Needs matplotlib (`pip install 'alda[plot]'`); without it nothing is drawn, and the run says so once.
     """
@@ -220,8 +220,9 @@ def class_picture(classes: dict[str, int], path: Path, target: list[float] | Non
     axes = figure.subplots()
     colours = [tuple(v / 255 for v in c.colour) for c in CLASSES]
     axes.bar(range(NUM_CLASSES), [n / total for n in classes.values()], color=colours, label="labelled so far")
-    target = target or [1 / NUM_CLASSES] * NUM_CLASSES
-    axes.plot(range(NUM_CLASSES), target, "k_", markersize=14, label="target distribution")
+    if balanced:
+        uniform = [1 / NUM_CLASSES] * NUM_CLASSES
+        axes.plot(range(NUM_CLASSES), uniform, "k_", markersize=14, label="target distribution")
     axes.set_xticks(range(NUM_CLASSES), classes, rotation=60, ha="right")
     axes.set_ylabel("share of labelled pixels")
     axes.legend()
@@ -277,13 +278,13 @@ def main(argv: list[str] | None = None) -> int:
     ):
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("checkpoint", help="a run's folder or a checkpoint file")
-        sub.add_argument("--tgt", default="cityscapes", choices=["cityscapes", "acdc"])
-        sub.add_argument("--root", default="data", help="the folder that holds cityscapes/ or acdc/")
-        sub.add_argument("--split", default="val", choices=["train", "val", "test"])
-        sub.add_argument("--protocol", default="ripu", choices=list(PROTOCOLS))
-        sub.add_argument("--size", help="WxH: another test size for the protocols ripu and whole")
-        sub.add_argument("--window", type=int, help="another window for the protocol sliding")
-        sub.add_argument("--which", default="model", choices=["model", "teacher"])
+        sub.add_argument("--tgt", choices=["cityscapes", "acdc"], help="target dataset [the run's, else cityscapes]")
+        sub.add_argument("--root", help="the folder that holds cityscapes/ or acdc/ [the run's, else data]")
+        sub.add_argument("--split", default="val", choices=["train", "val", "test"], help="[val]")
+        sub.add_argument("--protocol", choices=list(PROTOCOLS), help="[the run's, else ripu]")
+        sub.add_argument("--size", help="WxH: test size for the protocols ripu [the run's, else 1280x640] and whole")
+        sub.add_argument("--window", type=int, help="another window for the protocol sliding [769]")
+        sub.add_argument("--which", default="model", choices=["model", "teacher"], help="[model]")
         sub.add_argument(
             "--net", default="deeplabv2", help="network of an official checkpoint (our own files say theirs)"
         )
@@ -294,19 +295,29 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return _command(args)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
+def run_settings(path: str | Path) -> dict:
+    """The settings in the config.json of the run that `path` (its folder or a checkpoint in it) belongs to; {} without."""
+    path = Path(path)
+    config = (path if path.is_dir() else path.parent.parent) / "config.json"
+    return json.loads(config.read_text())["settings"] if config.is_file() else {}
+
+
 def _command(args: argparse.Namespace) -> int:
-    device = pick_device(args.device)
-    dataset = open_dataset(args.tgt, args.root, args.split)
-    protocol = protocol_named(args.protocol, parse_size(args.size) if args.size else None, args.window)
+    device, run = pick_device(args.device), run_settings(args.checkpoint)
+    dataset = open_dataset(args.tgt or run.get("tgt", "cityscapes"), args.root or run.get("root", "data"), args.split)
+    name = args.protocol or run.get("protocol", "ripu")
+    size = args.size or run.get("test_size") or (run.get("target_size") if name == "ripu" else None)
+    protocol = protocol_named(name, parse_size(size) if size else None, args.window)
     model = load_run(args.checkpoint, device, args.which, {"net": args.net, "backbone": args.backbone})
+    print(f"{len(dataset)} images ({dataset.name}, {args.split}), protocol {protocol}, on {device}", flush=True)
     if args.command == "predict":
         number = write_predictions(model, dataset, protocol, device, args.to)
-        print(f"{number} predictions (Cityscapes label ids) in {args.to} | protocol {protocol}")
+        print(f"{number} predictions (Cityscapes label ids) in {args.to}")
         return 0
     result = {**evaluate(model, dataset, protocol, device), "checkpoint": str(args.checkpoint), "which": args.which}
     print(describe(result))
@@ -326,4 +337,7 @@ def pick_device(name: str) -> torch.device:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

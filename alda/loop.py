@@ -49,6 +49,11 @@ def option(default, group: str, text: str, choices: tuple = ()):
 STRATEGIES = ("source-only", "full", "random", "entropy", "margin", "ripu", "ripu-pa", "cbda")
 
 
+AT_LEAST_1 = ("steps", "batch", "rounds", "log_every", "checkpoint_every")
+AT_LEAST_0 = ("workers", "threads", "poly_steps", "momentum", "weight_decay", "radius", "pixels", "consistency", "negative",
+              "eval_every", "pictures")  # fmt: skip
+
+
 @dataclass
 class Settings:
     """Every setting of a run. Defaults are RIPU's published schedule; PAPER and TOY below change them by strategy."""
@@ -142,9 +147,16 @@ class Settings:
                 raise InputError(f"{name} must be {field.type.__name__}, got {value!r}")
             if choices and value not in choices:
                 raise InputError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-        for name in ("steps", "batch", "rounds", "log_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        for names, low in ((AT_LEAST_1, 1), (AT_LEAST_0, 0)):
+            for name in names:
+                if not getattr(self, name) >= low:  # also refuses nan
+                    raise InputError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise InputError(f"--lr must be above 0, got {self.lr}")
+        if 0 < self.poly_steps < self.steps:
+            raise InputError(
+                f"--poly-steps {self.poly_steps} is shorter than --steps {self.steps}: the rate would end early"
+            )
         if self.strategy == "source-only" and self.source_free:
             raise InputError("--strategy source-only --source-free leaves nothing to train on")
         if not 0 < self.budget <= 1:
@@ -181,6 +193,8 @@ def settings_for(given: dict) -> Settings:
     strategy = given.get("strategy", "ripu")
     merged = dict(PAPER.get(strategy, {}))
     if given.get("source_free"):
+        if given.get("init", given["source_free"]) != given["source_free"]:
+            raise InputError("--source-free starts from its CHECKPOINT: leave --init out")
         merged.update(SOURCE_FREE, init=given["source_free"], **({"radius": 9} if given.get("rules") == "code" else {}))
     if given.get("root") == "toy":
         merged.update(
@@ -271,6 +285,10 @@ def adapt_by_queries(s: Settings, out: Path, device: torch.device) -> dict:
     target = None if s.strategy == "source-only" else open_dataset(s.tgt, s.root, "train")
     validation = open_dataset(s.tgt, s.root, "val")
     schedule = [] if s.strategy in ("source-only", "full") else query_schedule(s)
+    if schedule:  # a budget too small for one region is noticed before training
+        sizes = [sample.size for sample in target.samples]
+        for group in [sizes] if s.strategy == "cbda" and s.cbda != "balance" else [[size] for size in set(sizes)]:
+            regions_due(budget_pixels(s, group), s, 0)
     rounds = Rounds(out / "rounds")
     run = Run(s, out, device)
     start = run.resume()
@@ -308,7 +326,7 @@ def adapt_by_queries(s: Settings, out: Path, device: torch.device) -> dict:
         **evaluate(run.model, validation, test_protocol(s), device),
         "budget": ledger(records),
         "steps": s.steps,
-        "cbda": s.cbda,
+        **({"cbda": s.cbda} if s.strategy == "cbda" else {}),
     }
 
 
@@ -360,9 +378,10 @@ def ask(s: Settings, run: Run, target: SegmentationDataset, rounds: Rounds, numb
                 save_picture(panels, sample.size, out / "pictures" / f"round-{number:02d}" / f"{sample.id}.png")
         new.notes = notes
     record = rounds.record(number)
-    class_picture(ledger([*records, record])["classes"], out / "pictures" / f"round-{number:02d}" / "classes.png")
+    histogram = out / "pictures" / f"round-{number:02d}" / "classes.png"
+    class_picture(ledger([*records, record])["classes"], histogram, balanced="class_weights" in notes)
     print(
-        f"round {number}/{s.rounds}: asked {record['asked']:,} px ({record['regions']:,} picks, "
+        f"round {number}/{s.rounds}: asked {record['asked']:,} px ({record['regions']:,} of {notes['picks_due']:,} picks due, "
         f"{len(record['images'])} images), labelled {record['labelled']:,}, ignored by the truth {record['ignored']:,}, "
         f"left at {s.target_size} {record['trained']:,} ({time.time() - began:.0f} s)",
         flush=True,
@@ -389,6 +408,7 @@ def choose(s: Settings, run: Run, target: SegmentationDataset, rounds: Rounds, n
     pool = acquisition.GlobalBudget(count)
     block_radius = s.radius if s.unit == "pixel" else 2 * s.radius
     centres, shown, every = [], {}, math.ceil(len(target) / max(1, s.pictures))
+    notes["picks_due"] = count if dynamic else 0
     run.model.eval()
     for index, image in enumerate(load(ImagesOnly(target), s.workers, batch_size=None)):
         sample = target.samples[index]
@@ -397,8 +417,13 @@ def choose(s: Settings, run: Run, target: SegmentationDataset, rounds: Rounds, n
             logits = run.model(x).float()
         logits = deeplab.upsample(logits, sample.size)[0]  # (C,H,W) at full size
         prediction, score = logits.argmax(0), score_of(s, logits, mix_seed(s.seed, 3, number, index))
+        if not logits.isfinite().all():
+            raise FloatingPointError(
+                f"{sample.image}: the network's output is not finite; nothing was asked; try a lower --lr"
+            )
         if balance:
             score = acquisition.class_balanced(score, prediction, weights)
+            score = score.masked_fill((weights == 0).to(run.device)[prediction], -math.inf)  # has used up its share
         before = rounds.asked(sample.id, sample.size, number - 1)
         blocked = acquisition.dilate(before.to(run.device), s.radius) if number > 1 else None
         due = count if dynamic else regions_due(budget_pixels(s, [sample.size]), s, int(before.sum()))
@@ -408,6 +433,7 @@ def choose(s: Settings, run: Run, target: SegmentationDataset, rounds: Rounds, n
             pool.add(index, picked, score[picked[:, 0], picked[:, 1]])
         else:
             centres.append(picked.cpu())
+            notes["picks_due"] += due
         if s.pictures and index % every == 0:
             shown[index] = {"image": image, "prediction": prediction.to(torch.uint8).cpu(), "score": score.cpu()}
     run.model.train()
@@ -437,7 +463,14 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv: list[str] | None) -> Settings:
     """The command line to Settings; --help groups the options."""
-    parser = Parser(prog="python -m alda.loop", description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
+    tables = {**PAPER, "--source-free": SOURCE_FREE, "--root toy": TOY}
+    others = "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in table.items())}" for name, table in tables.items())
+    parser = Parser(
+        prog="python -m alda.loop",
+        description=__doc__.splitlines()[0],
+        epilog=f"Defaults in [brackets]; other ones of {others}. An option that is given always wins.",
+        argument_default=argparse.SUPPRESS,
+    )
     groups: dict = {}
     for field in dataclasses.fields(Settings):
         meta, name = field.metadata, "--" + field.name.replace("_", "-")
@@ -454,6 +487,7 @@ def parse(argv: list[str] | None) -> Settings:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line (see the top of this file); returns the exit status: 0 done, 2 bad usage or input."""
+    out = None
     try:
         s = parse(argv)
         device = pick_device(s.device)
@@ -462,19 +496,16 @@ def main(argv: list[str] | None = None) -> int:
         if s.root == "toy":
             toy.ensure("toy")
         out = prepare(s)
-        began = time.time()
-        mark = "TOY " if s.root == "toy" else ""
+        began, mark = time.time(), "TOY " if s.root == "toy" else ""
         print(f"{mark}{s.strategy}: {s.src} -> {s.tgt}, {s.steps} steps on {device}, run folder {out}", flush=True)
-        result = {
-            "strategy": s.strategy,
-            **adapt_by_queries(s, out, device),
-            "wall_s": time.time() - began,
-            "toy": s.root == "toy",
-        }
+        result = {"strategy": s.strategy, "toy": s.root == "toy", **adapt_by_queries(s, out, device)}
+        result["wall_s"] = time.time() - began
         (out / "result.json").write_text(json.dumps(result, indent=1))
         print(f"{mark}{s.strategy}, last checkpoint, {result['images']} validation images\n{describe(result)}")
         return 0
     except (InputError, FloatingPointError, OSError) as error:
+        if out is not None and not any((out / part).exists() for part in ("checkpoints", "rounds", "metrics.jsonl")):
+            (out / "config.json").unlink(missing_ok=True)  # nothing was run: the folder stays free for the next try
         text = str(error).strip().splitlines()[-1]  # from a loading process the message comes below its traceback
         print(f"error: {text.removeprefix('alda.errors.InputError: ')}", file=sys.stderr)
         return 2

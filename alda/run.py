@@ -120,7 +120,7 @@ class Run:
         self.write_metrics(line)
         text = " ".join(f"{name} {value:.4f}" for name, value in means.items())
         print(
-            f"step {step}/{s.steps} | {text} | {rate:.2f} step/s, ETA {int(eta // 60)}:{int(eta % 60):02d}, {memory:.2f} GB",
+            f"step {step}/{s.steps} | {text} | {rate:.2f} step/s, ETA {int(eta // 60)}:{int(eta % 60):02d}, peak {memory:.2f} GB",
             flush=True,
         )
 

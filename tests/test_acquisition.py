@@ -221,6 +221,14 @@ def test_pixel_picks_equal_the_recorded_official_ones():
     assert A.select_regions(score, 21, 8, blocked).tolist() == golden["picks_round2"].tolist()
 
 
+def test_selection_refuses_what_it_cannot_mean():
+    for score, count, blocked in ((torch.zeros(2, 3, 4), 1, None), (torch.zeros(3, 4), -1, None),
+                                  (torch.zeros(3, 4), 1, torch.zeros(4, 3, dtype=torch.bool))):  # fmt: skip
+        with pytest.raises(ValueError, match=r"needs one \(H,W\) score"):
+            A.select_regions(score, count, 1, blocked)
+    assert len(A.select_regions(torch.full((3, 4), math.nan), 2, 1)) == 0
+
+
 def test_paint_cuts_at_the_border():
     mask = A.paint(torch.tensor([[0, 0], [4, 5]]), 1, (5, 6))
     assert mask.nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [3, 4], [3, 5], [4, 4], [4, 5]]
@@ -259,14 +267,19 @@ def test_class_balanced_ranks_by_weight_times_score():
 
 
 def stacked_greedy(scores: dict, count: int, radius: int) -> list:
-    """The definition of CBDA's dynamic acquisition: the maximum of the stacked tensor, block around it, again."""
+    """The definition of CBDA's dynamic acquisition: the maximum of the stacked tensor, block around it, again.
+
+    Images with equal maxima take turns: the one that has won fewest picks of this score, then the smaller id.
+    """
     scores = {name: score.clone() for name, score in scores.items()}
-    picks = []
+    picks, won = [], {}
     for _ in range(count):
         best = max(score.max().item() for score in scores.values())
         if best == -math.inf:
             break
-        name = min(n for n, score in scores.items() if score.max().item() == best)
+        tied = [n for n, score in scores.items() if score.max().item() == best]
+        name = min(tied, key=lambda n: (won.get((n, best), 0), n))
+        won[name, best] = won.get((name, best), 0) + 1
         row, col = slow_greedy(scores[name], 1, 0)[0].tolist()
         picks.append((name, row, col))
         scores[name][max(0, row - radius) : row + radius + 1, max(0, col - radius) : col + radius + 1] = -math.inf

@@ -413,9 +413,9 @@ def test_files_that_are_no_checkpoint(tmp_path, monkeypatch):
     torch.save({"epoch": 3}, "other.pt")
     torch.save({"feature_extractor": {}}, "half.pt")
     for name, message in {
-        "noise.pt": "no readable torch checkpoint",
-        "empty.pt": "no readable torch checkpoint",
-        "malicious.pt": "no readable torch checkpoint",
+        "noise.pt": "no torch checkpoint",
+        "empty.pt": "no torch checkpoint",
+        "malicious.pt": "no torch checkpoint",
         "list.pt": "holds a list",
         "other.pt": "unknown layout; it holds epoch",
         "half.pt": "holds no 'classifier'",

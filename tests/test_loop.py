@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alda import loop
+from alda import evaluation, loop
 from alda.annotation import Rounds
 from alda.datasets import open_dataset
 from alda.errors import InputError
@@ -133,7 +133,7 @@ def check_result(out, strategy, result, world):
     target, rounds = open_dataset("cityscapes", world, "train"), Rounds(out / "rounds")
     for sample in target.samples:
         first, both = (rounds.asked(sample.id, sample.size, upto) for upto in (1, 2))
-        assert dynamic or 0 < first.sum() < both.sum()
+        assert strategy == "cbda" or 0 < first.sum() < both.sum()
         masks = [rounds.asked(sample.id, sample.size, 1), both & ~first]
         images = [rounds.record(n)["images"].get(sample.id, {"asked": 0})["asked"] for n in (1, 2)]
         assert [int(m.sum()) for m in masks] == images  # no pixel is asked twice: the rounds' counts add up
@@ -205,7 +205,7 @@ def test_source_free_sees_no_source_image(tiny_world, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_with_all_of_them(tiny_world, tmp_path, capsys):
-    assert loop.main(arguments(tiny_world, tmp_path, strategy="ripu", lr=1e9)) == 2
+    assert loop.main(arguments(tiny_world, tmp_path, strategy="ripu", lr=1e9, query_steps="6,7")) == 2
     err = capsys.readouterr().err
     assert "a loss is not finite: {'source':" in err and "'negative':" in err and err.count("\n") == 1
 
@@ -276,11 +276,18 @@ def test_regions_due_follow_the_paper_and_never_pass_the_budget():
     [
         ({"budget": 2.0}, "--budget is a share"),
         ({"rounds": 0}, "--rounds must be at least 1"),
+        ({"batch": 0}, "--batch must be at least 1"),
+        ({"radius": -1}, "--radius must be at least 0"),
+        ({"threads": -2}, "--threads must be at least 0"),
+        ({"lr": "nan"}, "--lr must be above 0"),
+        ({"poly_steps": 4}, "shorter than --steps"),
+        ({"budget": 1e-6}, "less than one region"),
+        ({"source_free": "x.pt", "init": "none"}, "leave --init out"),
         ({"steps": 3, "query_steps": ""}, "too short for --rounds"),
         ({"query_steps": "5,2"}, "growing steps"),
         ({"query_steps": "a,b"}, "is a list like"),
         ({"target_size": "64"}, "WIDTHxHEIGHT"),
-        ({"strategy": "source-only", "source_free": "x.pt"}, "nothing to train on"),
+        ({"strategy": "source-only", "source_free": "x.pt", "init": "x.pt"}, "nothing to train on"),
         ({"init": "nowhere.pt"}, "nowhere.pt"),
         ({"batch_norm": "frozen"}, "frozen"),
         ({"root": "/nowhere"}, "no gta5 images"),
@@ -291,6 +298,33 @@ def test_user_mistakes_are_one_line_and_status_2(changes, message, tiny_world, t
     assert loop.main(arguments(tiny_world, tmp_path / "out", **{"strategy": "ripu", **changes})) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert not (tmp_path / "out/config.json").exists()  # the folder stays free for the next try
+
+
+def test_an_out_folder_that_cannot_be_made_is_one_line(tiny_world, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert loop.main(arguments(tiny_world, tmp_path / "file/out", strategy="ripu")) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_lost_network_asks_nothing(tiny_world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop.Run, "finite_losses", lambda self, step: torch.zeros(1, len(self.names)))
+    original = loop.Run.descend
+
+    def spoil(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        next(self.model.parameters()).data.fill_(math.nan)
+
+    monkeypatch.setattr(loop.Run, "descend", spoil)
+    assert loop.main(arguments(tiny_world, tmp_path, strategy="ripu")) == 2
+    assert "not finite; nothing was asked" in capsys.readouterr().err and not list(tmp_path.glob("rounds/0?"))
+
+
+def test_score_takes_the_settings_of_the_run(tiny_world, tmp_path, capsys):
+    assert loop.main(arguments(tiny_world, tmp_path, strategy="source-only", steps=2)) == 0
+    assert evaluation.main(["score", str(tmp_path), "--json", str(tmp_path / "again.json")]) == 0
+    first, again = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("result", "again"))
+    assert first["protocol"] == again["protocol"] and first["IoU"] == again["IoU"]
 
 
 def test_unknown_options_and_wrong_types_are_one_line(capsys):
