@@ -176,7 +176,7 @@ TOY = {
     "backbone": "resnet18",
     "net": "deeplabv3plus",
     "init": "none",
-    "steps": 500,
+    "steps": 300,
     "batch": 2,
     "lr": 0.01,
     "source_size": "160x80",
