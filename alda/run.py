@@ -35,12 +35,17 @@ from alda.datasets import (
 from alda.errors import InputError
 from alda.evaluation import parse_size, picture
 
-# settings that may differ between a run and its resumption: they change no result
+# settings that may differ between a run and its resumption: where it runs and what it shows, not what it computes
+# (another device or number of threads sums floats in another order, so the bits are then no longer the same)
 MAY_CHANGE = ("resume", "device", "workers", "threads", "log_every", "pictures", "out", "root")
 
 
 def batches(s, dataset: SegmentationDataset, step: int, stream: int, labels_of):
-    """An endless iterator of (images, labels) from step `step` on; `stream` 1 is the source, 2 the target."""
+    """An endless iterator of [images (N,3,H,W) float32, labels (N,H,W) uint8] from step `step` on.
+
+    `stream` 1 is the source, 2 the target: their sizes, their order (class-balanced for the source) and their seeds differ.
+    `labels_of(index)` replaces the dataset's labels, see TrainingView. Raises InputError for a size that cannot be read.
+    """
     presence = None
     if stream == 1 and s.source_sampling == "balanced":
         presence = class_presence(dataset, s.workers)
@@ -53,7 +58,7 @@ def batches(s, dataset: SegmentationDataset, step: int, stream: int, labels_of):
 
 
 def next_batch(iterator, device):
-    """The next batch on the device, or None where there is no iterator (source-only, source-free)."""
+    """The next [images, labels] on the device, or None where there is no iterator (source-only, source-free)."""
     return None if iterator is None else [x.to(device, non_blocking=True) for x in next(iterator)]
 
 
