@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alda import evaluation, loop
+from alda import evaluation, loop, queries, settings
 from alda.annotation import Rounds
 from alda.datasets import open_dataset
 from alda.errors import InputError
@@ -79,7 +79,8 @@ def interrupt(monkeypatch):
     """Makes the n-th training step or the n-th image of a query round raise KeyboardInterrupt, as a kill would end it."""
 
     def after(name, calls):
-        original, seen = getattr(loop, name), [0]
+        module = loop if hasattr(loop, name) else queries
+        original, seen = getattr(module, name), [0]
 
         def counted(*args, **kwargs):
             seen[0] += 1
@@ -87,14 +88,14 @@ def interrupt(monkeypatch):
                 raise KeyboardInterrupt
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(loop, name, counted)
+        monkeypatch.setattr(module, name, counted)
 
     yield after
     monkeypatch.undo()
 
 
 @pytest.mark.parametrize(
-    "strategy", [*loop.STRATEGIES, "cbda dynamic", "cbda balance", "ripu deeplabv3plus"]
+    "strategy", [*settings.STRATEGIES, "cbda dynamic", "cbda balance", "ripu deeplabv3plus"]
 )  # V3+ has dropout: random states count
 def test_interrupted_and_resumed_equals_uninterrupted(strategy, tiny_world, tmp_path, interrupt, monkeypatch):
     strategy, variant = (*strategy.split(), "")[:2]
@@ -248,27 +249,27 @@ def test_poly_equals_the_recorded_official_rates():
 
 
 def test_schedules_are_the_published_ones():
-    assert loop.query_schedule(loop.settings_for({"strategy": "ripu"})) == [10000, 12000, 14000, 16000, 18000]
-    free = loop.settings_for({"strategy": "ripu", "source_free": "x.pt"})
-    assert loop.query_schedule(free) == [0, 2000, 4000, 6000, 8000] and free.steps == 30000 and free.init == "x.pt"
-    assert loop.settings_for({"strategy": "ripu", "source_free": "x.pt", "rules": "code"}).radius == 9
-    assert loop.settings_for({"strategy": "ripu-pa"}).radius == 32
+    assert queries.query_schedule(settings.settings_for({"strategy": "ripu"})) == [10000, 12000, 14000, 16000, 18000]
+    free = settings.settings_for({"strategy": "ripu", "source_free": "x.pt"})
+    assert queries.query_schedule(free) == [0, 2000, 4000, 6000, 8000] and free.steps == 30000 and free.init == "x.pt"
+    assert settings.settings_for({"strategy": "ripu", "source_free": "x.pt", "rules": "code"}).radius == 9
+    assert settings.settings_for({"strategy": "ripu-pa"}).radius == 32
 
 
 def test_regions_due_follow_the_paper_and_never_pass_the_budget():
-    s = loop.settings_for({"strategy": "ripu"})
-    budget, spent, counts = loop.budget_pixels(s, [(1024, 2048)]), 0, []
+    s = settings.settings_for({"strategy": "ripu"})
+    budget, spent, counts = queries.budget_pixels(s, [(1024, 2048)]), 0, []
     for _ in range(6):
-        counts.append(loop.regions_due(budget, s, spent))
+        counts.append(queries.regions_due(budget, s, spent))
         spent += counts[-1] * 9
     assert counts == [1026, 1026, 1026, 1026, 1022, 0] and spent <= budget == 46137
-    s = loop.settings_for({"strategy": "ripu-pa"})
-    assert loop.budget_pixels(s, [(1024, 2048)] * 3) == 120
-    assert [loop.regions_due(40, s, n) for n in (0, 8, 32, 36, 40)] == [8, 8, 8, 4, 0]
-    whole = loop.settings_for({"strategy": "ripu", "budget": 1.0, "rounds": 1})
-    assert loop.regions_due(900, whole, 0) == 100  # more than can be placed: the selection returns fewer
+    s = settings.settings_for({"strategy": "ripu-pa"})
+    assert queries.budget_pixels(s, [(1024, 2048)] * 3) == 120
+    assert [queries.regions_due(40, s, n) for n in (0, 8, 32, 36, 40)] == [8, 8, 8, 4, 0]
+    whole = settings.settings_for({"strategy": "ripu", "budget": 1.0, "rounds": 1})
+    assert queries.regions_due(900, whole, 0) == 100  # more than can be placed: the selection returns fewer
     with pytest.raises(InputError, match="less than one region"):
-        loop.regions_due(2, whole, 0)
+        queries.regions_due(2, whole, 0)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +334,7 @@ def test_unknown_options_and_wrong_types_are_one_line(capsys):
             loop.main(words)
         assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     with pytest.raises(InputError, match="--steps must be int"):
-        loop.Settings(steps="many")
+        settings.Settings(steps="many")
 
 
 def test_two_runs_are_never_mixed(tiny_world, tmp_path, capsys):

@@ -1,0 +1,215 @@
+"""What can be set? Every setting with its default, each paper's values, and the command line's options.
+
+from alda.settings import settings_for
+s = settings_for({"strategy": "ripu", "root": "toy"})      # the paper's values, changed for the miniature world
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass
+
+from alda.errors import InputError
+from alda.evaluation import PROTOCOLS, parse_size, protocol_named
+
+
+def option(default, group: str, text: str, choices: tuple = ()):
+    """A settings field: its default, the --help group it stands in, its meaning and unit, its allowed values."""
+    return dataclasses.field(default=default, metadata={"group": group, "help": text, "choices": choices})
+
+
+STRATEGIES = ("source-only", "full", "random", "entropy", "margin", "ripu", "ripu-pa", "cbda")
+
+
+AT_LEAST_1 = ("steps", "batch", "rounds", "log_every", "checkpoint_every")
+AT_LEAST_0 = ("workers", "threads", "poly_steps", "momentum", "weight_decay", "radius", "pixels", "consistency", "negative",
+              "eval_every", "pictures")  # fmt: skip
+
+
+@dataclass
+class Settings:
+    """Every setting of a run. Defaults are RIPU's published schedule; PAPER and TOY below change them by strategy."""
+
+    strategy: str = option("ripu", "run", "who chooses the labels", STRATEGIES)
+    src: str = option("gta5", "run", "source dataset", ("gta5", "synthia"))
+    tgt: str = option("cityscapes", "run", "target dataset", ("cityscapes", "acdc"))
+    root: str = option(
+        "data", "run", "folder that holds the datasets; 'toy' writes and uses the miniature world in ./toy"
+    )
+    out: str = option("", "run", "folder of the run; default runs/STRATEGY-SRC-TGT-SEED")
+    seed: int = option(0, "run", "seed of every random draw")
+    device: str = option("auto", "run", "auto, cpu, cuda, cuda:1, ...")
+    workers: int = option(
+        4, "run", "processes that load data; 0 loads in the main process; results do not depend on it"
+    )
+    threads: int = option(0, "run", "CPU threads of torch; 0 leaves torch's choice")
+    precision: str = option(
+        "float32", "run", "bfloat16: autocast in training and scoring; tests stay float32", ("float32", "bfloat16")
+    )
+    resume: bool = option(False, "run", "go on from the last checkpoint of --out")
+    rules: str = option("paper", "run", "where equation and official code contradict each other", ("paper", "code"))
+
+    net: str = option("deeplabv2", "network", "segmentation head", ("deeplabv2", "deeplabv3plus"))
+    backbone: str = option("resnet101", "network", "torchvision ResNet", ("resnet101", "resnet50", "resnet18"))
+    init: str = option(
+        "imagenet", "network", "imagenet (torchvision IMAGENET1K_V1), none (random), or a checkpoint FILE"
+    )
+    batch_norm: str = option("auto", "network", "auto: live with --init none, else frozen", ("auto", "frozen", "live"))
+
+    steps: int = option(40_000, "schedule", "optimizer steps")
+    poly_steps: int = option(0, "schedule", "length of the poly decay; 0 is 1.5625 x steps (RIPU: 62,500 for 40,000)")
+    batch: int = option(2, "schedule", "images a step, of the source and of the target each")
+    lr: float = option(2.5e-4, "schedule", "learning rate of the backbone; the head has 10 times as much")
+    momentum: float = option(0.9, "schedule", "SGD momentum")
+    weight_decay: float = option(5e-4, "schedule", "SGD weight decay")
+    source_size: str = option("1280x720", "schedule", "WxH that source images are resized to")
+    target_size: str = option("1280x640", "schedule", "WxH that target images are resized to, for training and scoring")
+    source_sampling: str = option("balanced", "schedule", "order of source images", ("balanced", "uniform"))
+    log_every: int = option(50, "schedule", "steps between progress lines")
+    checkpoint_every: int = option(1000, "schedule", "steps between checkpoints")
+
+    budget: float = option(0.022, "queries", "share of each target image's pixels that may be asked, over all rounds")
+    rounds: int = option(5, "queries", "query rounds")
+    query_steps: str = option(
+        "", "queries", "steps before which the rounds are asked, '10000,12000'; default 25%%..45%% of steps"
+    )
+    unit: str = option(
+        "region", "queries", "what a pick labels: its whole region or its centre pixel", ("region", "pixel")
+    )
+    radius: int = option(
+        1, "queries", "k: a region is the (2k+1)^2 square around its centre; pixel picks block within k"
+    )
+    pixels: int = option(
+        0, "queries", "with --unit pixel: pixels an image over all rounds instead of --budget; 0: --budget"
+    )
+    keep_labels: bool = option(
+        False, "queries", "resize labels so that no bought one is lost (default: nearest neighbour)"
+    )
+
+    cbda: str = option(
+        "both",
+        "CBDA",
+        "dynamic: one budget over the whole target set (the paper's words); balance: scores weighted by class with "
+        "max(0, 1 - n_c / (t_c B)), this project's formula for the paper's words; both",
+        ("dynamic", "balance", "both"),
+    )
+
+    consistency: float = option(0.1, "RIPU losses", "weight of local consistency on the source (Eq. 7)")
+    negative: float = option(1.0, "RIPU losses", "weight of negative learning on the target (Eq. 8)")
+    source_free: str = option(
+        "", "RIPU losses", "CHECKPOINT of a source-trained network: adapt without any source image"
+    )
+
+    protocol: str = option("ripu", "evaluation", "test protocol", tuple(PROTOCOLS))
+    test_size: str = option(
+        "", "evaluation", "WxH of the test input for ripu and whole; default --target-size for ripu"
+    )
+    eval_every: int = option(
+        0, "evaluation", "also score the validation split every so many steps (logged, never chosen by)"
+    )
+    pictures: int = option(4, "evaluation", "target images drawn to pictures/ in each round")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            name = "--" + field.name.replace("_", "-")
+            if field.type is float and isinstance(value, int):
+                setattr(self, field.name, float(value))
+            elif type(value) is not field.type:
+                raise InputError(f"{name} must be {field.type.__name__}, got {value!r}")
+            if choices and value not in choices:
+                raise InputError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+        for names, low in ((AT_LEAST_1, 1), (AT_LEAST_0, 0)):
+            for name in names:
+                if not getattr(self, name) >= low:  # also refuses nan
+                    raise InputError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise InputError(f"--lr must be above 0, got {self.lr}")
+        if 0 < self.poly_steps < self.steps:
+            raise InputError(
+                f"--poly-steps {self.poly_steps} is shorter than --steps {self.steps}: the rate would end early"
+            )
+        if self.strategy == "source-only" and self.source_free:
+            raise InputError("--strategy source-only --source-free leaves nothing to train on")
+        if not 0 < self.budget <= 1:
+            raise InputError(f"--budget is a share of the pixels, above 0 and at most 1; got {self.budget}")
+
+
+# What each strategy's paper sets otherwise than the defaults of Settings.
+PAPER: dict[str, dict] = {
+    "source-only": {"consistency": 0.0, "negative": 0.0},
+    "full": {"consistency": 0.0, "negative": 0.0},
+    "ripu-pa": {"unit": "pixel", "radius": 32, "pixels": 40},
+    "cbda": {"net": "deeplabv3plus", "budget": 0.05},
+}
+SOURCE_FREE = {"steps": 30_000, "consistency": 0.0}  # queries at 0, 2,000, ..., 8,000 of 30,000: see query_schedule
+# The miniature world: ResNet-18 from random weights on small pictures.
+TOY = {
+    "backbone": "resnet18",
+    "net": "deeplabv3plus",
+    "init": "none",
+    "steps": 300,
+    "batch": 2,
+    "lr": 0.01,
+    "source_size": "160x80",
+    "target_size": "160x80",
+    "workers": 0,
+    "log_every": 20,
+    "checkpoint_every": 100,
+}
+TOY_BY_STRATEGY: dict[str, dict] = {"ripu-pa": {"radius": 4}}  # 32 of Cityscapes' 2048 columns, on 256
+
+
+def settings_for(given: dict) -> Settings:
+    """Settings from the options that were given, over the toy world's, over the paper's, over the defaults."""
+    strategy = given.get("strategy", "ripu")
+    merged = dict(PAPER.get(strategy, {}))
+    if given.get("source_free"):
+        if given.get("init", given["source_free"]) != given["source_free"]:
+            raise InputError("--source-free starts from its CHECKPOINT: leave --init out")
+        merged.update(SOURCE_FREE, init=given["source_free"], **({"radius": 9} if given.get("rules") == "code" else {}))
+    if given.get("root") == "toy":
+        merged.update(
+            {k: v for k, v in TOY.items() if not (k == "init" and "init" in merged)},
+            **TOY_BY_STRATEGY.get(strategy, {}),
+        )
+    return Settings(**{**merged, **given})
+
+
+def protocol_of(s: Settings):
+    """The protocol of the run's reports; `ripu` tests at the training size of the target unless --test-size says otherwise."""
+    size = s.test_size or (s.target_size if s.protocol == "ripu" else "")
+    return protocol_named(s.protocol, parse_size(size) if size else None)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message: str):
+        print(f"error: {message} (--help lists the options)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parse(argv: list[str] | None) -> Settings:
+    """The command line to Settings; --help groups the options."""
+    tables = {**PAPER, "--source-free": SOURCE_FREE, "--root toy": TOY}
+    others = "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in table.items())}" for name, table in tables.items())
+    parser = Parser(
+        prog="python -m alda.loop",
+        description="Trains one strategy from a source to a target dataset.",
+        epilog=f"Defaults in [brackets]; other ones of {others}. An option that is given always wins.",
+        argument_default=argparse.SUPPRESS,
+    )
+    groups: dict = {}
+    for field in dataclasses.fields(Settings):
+        meta, name = field.metadata, "--" + field.name.replace("_", "-")
+        if meta["group"] not in groups:
+            groups[meta["group"]] = parser.add_argument_group(meta["group"])
+        group = groups[meta["group"]]
+        if field.type is bool:
+            group.add_argument(name, action=argparse.BooleanOptionalAction, help=meta["help"])
+        else:
+            text = f"{meta['help']} [{field.default}]" if field.default != "" else meta["help"]
+            group.add_argument(name, type=field.type, help=text, choices=meta["choices"] or None)
+    return settings_for(vars(parser.parse_args(argv)))
