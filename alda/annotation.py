@@ -65,14 +65,14 @@ class Rounds:
         """Every pixel asked in rounds 1..upto (default: all), (H,W) bool."""
         mask = torch.zeros(tuple(shape), dtype=torch.bool)
         for number in range(1, self._upto(upto) + 1):
-            mask |= _read(self.path(number) / "queries" / f"{image_id}.png", shape, 0) == 255
+            mask |= read_map(self.path(number) / "queries" / f"{image_id}.png", shape, 0) == 255
         return mask
 
     def labels(self, image_id: str, shape: tuple[int, int], upto: int | None = None) -> torch.Tensor:
         """The answers of rounds 1..upto (default: all) in one map, (H,W) uint8 train ids, 255 = no label."""
         union = torch.full(tuple(shape), IGNORE, dtype=torch.uint8)
         for number in range(1, self._upto(upto) + 1):
-            answers = _read(self.path(number) / "answers" / f"{image_id}.png", shape, IGNORE)
+            answers = read_map(self.path(number) / "answers" / f"{image_id}.png", shape, IGNORE)
             union = torch.where(answers != IGNORE, answers, union)
         return union
 
@@ -118,8 +118,8 @@ class NewRound:
         answers = oracle(asked)
         if not asked.any():
             return answers
-        _write(self.work / "queries" / f"{image_id}.png", asked.to(torch.uint8) * 255)
-        _write(self.work / "answers" / f"{image_id}.png", answers)
+        write_map(self.work / "queries" / f"{image_id}.png", asked.to(torch.uint8) * 255)
+        write_map(self.work / "answers" / f"{image_id}.png", answers)
         labelled = int((answers != IGNORE).sum())
         self.classes += torch.bincount(answers.flatten().long(), minlength=256)[:NUM_CLASSES].numpy()
         trained = int((resize_labels(answers, training_size, keep_labels) != IGNORE).sum())
@@ -168,11 +168,13 @@ def ledger(records: list[dict]) -> dict:
     return total
 
 
-def _write(path: Path, values: torch.Tensor) -> None:
+def write_map(path: Path, values: torch.Tensor) -> None:
+    """Writes (H,W) uint8 as a single-channel PNG."""
     Image.fromarray(values.numpy()).save(path)
 
 
-def _read(path: Path, shape: tuple[int, int], default: int) -> torch.Tensor:
+def read_map(path: Path, shape: tuple[int, int], default: int) -> torch.Tensor:
+    """The (H,W) uint8 map of a PNG, `default` everywhere where there is no file; InputError for another size than `shape`."""
     if not path.is_file():
         return torch.full(tuple(shape), default, dtype=torch.uint8)
     with Image.open(path) as picture:

@@ -11,7 +11,7 @@ Axes: N images, C classes, H rows, W columns. Labels are uint8 train ids 0..18 w
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from torchvision.io import ImageReadMode, decode_image
 from alda.errors import InputError
 
 IGNORE = 255
+PSEUDO = 100  # in a training label map, 100 + c is a pseudo-label of class c: nobody was asked for it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -300,21 +301,23 @@ def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def resize_labels(labels: torch.Tensor, size: tuple[int, int], keep: bool = False) -> torch.Tensor:
     """(H,W) uint8 train ids to `size` by nearest neighbour (the pixel at the cell's centre).
 
-    With `keep`, a cell whose centre pixel has no label (255) takes one from any labelled pixel that falls into it, the
-    first in raster order, so that sparse labels that were paid for are not lost in the resizing (--keep-labels).
+    With `keep`, a cell whose centre pixel has no label (255, or a PSEUDO label) takes one from any labelled pixel that
+    falls into it, the first in raster order, so that sparse labels that were paid for are not lost in the resizing
+    (--keep-labels).
     """
     if tuple(labels.shape) == tuple(size):
         return labels
     small = F.resize(labels[None], list(size), F.InterpolationMode.NEAREST_EXACT)[0]
     if not keep:
         return small
-    rows, cols = (labels != IGNORE).nonzero(as_tuple=True)
+    rows, cols = (labels < PSEUDO).nonzero(as_tuple=True)
     height, width = labels.shape
     cell = ((2 * rows + 1) * size[0] // (2 * height)) * size[1] + (2 * cols + 1) * size[1] // (2 * width)
     order = torch.arange(len(cell)).flip(0)  # numpy keeps the last value written: write backwards, the first wins
     filled = np.full(size[0] * size[1], IGNORE, np.uint8)
     filled[cell[order].numpy()] = labels[rows, cols][order].numpy()
-    return torch.where(small == IGNORE, torch.from_numpy(filled).view(*size), small)
+    bought = torch.from_numpy(filled).view(*size)
+    return torch.where((small >= PSEUDO) & (bought != IGNORE), bought, small)
 
 
 @dataclass(frozen=True)
@@ -330,6 +333,7 @@ class JointTransform:
     crop: tuple[int, int] | None = None  # (H, W) of a random crop, padded where the image is smaller
     flip: bool = False  # mirror left and right with probability 0.5
     keep_labels: bool = False  # see resize_labels
+    crop_at: Callable | None = None  # (labels (h,w), crop=, generator=) -> (top, left), or None for a random place
 
     def __call__(self, image, labels, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         height, width = self.size or image.shape[-2:]
@@ -340,26 +344,28 @@ class JointTransform:
         image, labels = resize_image(image, (height, width)), resize_labels(labels, (height, width), self.keep_labels)
         image = normalise(image)
         if self.crop:
-            image, labels = _random_crop(image, labels, self.crop, generator)
+            image, labels = self._crop(image, labels, generator)
         if self.flip and torch.rand((), generator=generator).item() < 0.5:
             image, labels = image.flip(-1), labels.flip(-1)
         return image, labels
+
+    def _crop(self, image, labels, generator):
+        """A window of size `crop`, at a place that `crop_at` chooses or at a random one; smaller images are padded first."""
+        pad_h, pad_w = (max(0, crop - have) for crop, have in zip(self.crop, labels.shape, strict=True))
+        if pad_h or pad_w:  # 0 is the mean colour: the image is normalised already
+            image = torch.nn.functional.pad(image, (0, pad_w, 0, pad_h))
+            labels = torch.nn.functional.pad(labels, (0, pad_w, 0, pad_h), value=IGNORE)
+        place = self.crop_at(labels, crop=self.crop, generator=generator) if self.crop_at else None
+        if place is None:
+            free = [have - crop + 1 for have, crop in zip(labels.shape, self.crop, strict=True)]
+            place = [torch.randint(n, (), generator=generator).item() for n in free]
+        window = tuple(slice(at, at + crop) for at, crop in zip(place, self.crop, strict=True))
+        return image[(slice(None), *window)], labels[window]
 
 
 def normalise(image: torch.Tensor) -> torch.Tensor:
     """(..., 3,H,W) uint8 RGB to float32 with ImageNet's mean and standard deviation."""
     return F.normalize(F.to_dtype(image, torch.float32, scale=True), IMAGENET_MEAN, IMAGENET_STD)
-
-
-def _random_crop(image, labels, crop, generator):
-    pad_h, pad_w = max(0, crop[0] - image.shape[1]), max(0, crop[1] - image.shape[2])
-    if pad_h or pad_w:
-        image = torch.nn.functional.pad(image, (0, pad_w, 0, pad_h))  # 0 is the mean colour: it is normalised already
-        labels = torch.nn.functional.pad(labels, (0, pad_w, 0, pad_h), value=IGNORE)
-    top = torch.randint(image.shape[1] - crop[0] + 1, (), generator=generator).item()
-    left = torch.randint(image.shape[2] - crop[1] + 1, (), generator=generator).item()
-    window = (slice(top, top + crop[0]), slice(left, left + crop[1]))
-    return image[(slice(None), *window)], labels[window]
 
 
 class ImagesOnly(Dataset):
@@ -373,6 +379,13 @@ class ImagesOnly(Dataset):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return self.dataset.image(index)
+
+
+class LabelsOnly(ImagesOnly):
+    """The labels of a dataset without their images, in order: (H,W) uint8 (for spatial priors)."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.dataset.labels(index)
 
 
 def load(dataset: Dataset, workers: int, **options) -> DataLoader:
@@ -396,6 +409,24 @@ class TrainingView(Dataset):
         draw, index = key
         generator = torch.Generator().manual_seed(mix_seed(self.seed, draw))
         return self.transform(self.dataset.image(index), self.labels_of(index), generator)
+
+
+class Mixture(Dataset):
+    """Images of several TrainingViews as one list: `entries[k]` is (number of the view, index in its dataset).
+
+    Indexed by the (draw, k) of EndlessSampler; gives image, labels and k.
+    """
+
+    def __init__(self, views: list[TrainingView], entries: list[tuple[int, int]]):
+        self.views, self.entries = views, entries
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, int]:
+        draw, k = key
+        view, index = self.entries[k]
+        return (*self.views[view][draw, index], k)
 
 
 # ------------------------------------------------------------------------------------------------------------- samplers

@@ -2,12 +2,14 @@
 
     python -m alda.evaluation score   RUN_OR_CHECKPOINT --tgt cityscapes --root /data --protocol sliding
     python -m alda.evaluation predict RUN_OR_CHECKPOINT --tgt cityscapes --root /data --split test --to predictions/
+    python -m alda.evaluation compare RUN RUN ... --csv table.csv --plot curve.png
     from alda.evaluation import confusion_matrix, iou
 
 Axes: N images, C classes, H rows, W columns. Prediction and labels are (…,H,W) integer train ids, 255 = ignore.
 """
 
 import argparse
+import csv
 import json
 import sys
 from dataclasses import dataclass, replace
@@ -229,6 +231,120 @@ def class_picture(classes: dict[str, int], path: Path, balanced: bool) -> None:
     figure.savefig(path, dpi=80)
 
 
+# -------------------------------------------------------------------------------------------------------------- compare
+
+
+def comparison(runs: list[str], mixed: bool = False) -> list[dict]:
+    """One row a finished run, from its result.json and config.json: what was trained, what it cost, how good it is.
+
+    Raises InputError for a run that has no result, and, unless `mixed`, for runs that were not tested alike: another
+    protocol, target dataset or number of images.
+    """
+    rows = []
+    for run in runs:
+        path = Path(run) / "result.json"
+        if not path.is_file():
+            raise InputError(f"{run}: holds no result.json; give folders of finished runs (--out of alda.loop)")
+        result, s, budget = json.loads(path.read_text()), run_settings(run), json.loads(path.read_text())["budget"]
+        teacher = {"student mIoU19": _percent(result["student"]["mIoU19"])} if "student" in result else {}
+        rows.append(
+            {
+                "run": Path(run).name,
+                "strategy": result["strategy"]
+                + (f" {result['cbda']}" if result["strategy"] == "cbda" else "")
+                + (f" + {result['pseudo']}" if "pseudo" in result else ""),
+                "source": s["src"],
+                "target": s["tgt"],
+                "tested on": f"{s['tgt']}, {result['images']} images",
+                "protocol": result["protocol"],
+                "network": f"{s['net']} {s['backbone']}",
+                "seed": s["seed"],
+                "steps": result["steps"],
+                "source images": result.get("source_images"),
+                "budget asked for": f"{s['pixels']} px an image"
+                if s["pixels"]
+                else s["budget"]
+                if budget["asked"]
+                else None,
+                "pixels asked": budget["asked"],
+                "share of pixels": budget.get("share"),
+                "images asked": budget["images"],
+                "pixels trained": budget["trained"],
+                "class entropy": round(budget["class_entropy"], 3) if budget["asked"] else None,
+                **{f"mIoU{n}": _percent(result[f"mIoU{n}"]) for n in CLASS_SETS},
+                **teacher,
+                "lowest class": result["lowest"]["class"],
+                "lowest IoU": _percent(result["lowest"]["IoU"]),
+                **{f"IoU {name}": _percent(result["IoU"][name]) for name in NAMES},
+                "toy": result["toy"],
+            }
+        )
+    for key in ("protocol", "tested on"):
+        kinds = sorted({row[key] for row in rows})
+        if len(kinds) > 1 and not mixed:
+            raise InputError(
+                f"these runs have different values of {key!r} and cannot be compared: {'; '.join(kinds)}; score them alike "
+                "with `score`, or say --mixed to lay them side by side all the same"
+            )
+    return rows
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else round(100 * value, 2)
+
+
+def comparison_text(rows: list[dict]) -> str:
+    """The rows as text: one line a fact, one column a run, so that any number of classes stays readable."""
+    facts = list(dict.fromkeys(key for row in rows for key in row if key != "toy"))
+    cells = [[fact, *("-" if row.get(fact) is None else f"{row[fact]}" for row in rows)] for fact in facts]
+    same = [line for line in cells if len(set(line[1:])) == 1 and not line[0].startswith(("IoU", "mIoU"))]
+    rest = [line for line in cells if line not in same]
+    widths = [max(len(line[i]) for line in rest) for i in range(len(rows) + 1)]
+    table = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+             for line in rest]  # fmt: skip
+    mark = "TOY: numbers on the miniature world\n" if any(row["toy"] for row in rows) else ""
+    return mark + "".join(f"{fact}: {values[0]}\n" for fact, *values in same) + "\n" + "\n".join(table)
+
+
+def comparison_picture(runs: list[str], rows: list[dict], path: Path) -> None:
+    """mIoU19 against the share of target pixels asked, one line a strategy and source; needs matplotlib (InputError)."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install 'alda[plot]'") from None
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list] = {}
+    for run, row in zip(runs, rows, strict=True):
+        result = json.loads((Path(run) / "result.json").read_text())
+        points = [(loop["share"], loop["mIoU19"]) for loop in result.get("loops", [])]
+        points = points or [(row["share of pixels"] or 0.0, result["mIoU19"])]
+        lines.setdefault(f"{row['strategy']}, {row['source']}, {row['network']}", []).extend(points)
+    for name, points in lines.items():
+        x, y = zip(*sorted(points), strict=True)
+        axes.plot([100 * v for v in x], [100 * v for v in y], "o-", label=name)
+    axes.set_xlabel("target pixels asked [%]")
+    axes.set_ylabel("mIoU19 [%]" + (" (TOY)" if any(row["toy"] for row in rows) else ""))
+    axes.set_title("; ".join(sorted({row["protocol"] for row in rows})), fontsize=8)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def compare(args: argparse.Namespace) -> int:
+    """The command `compare`."""
+    rows = comparison(args.runs, args.mixed)
+    print(comparison_text(rows))
+    if args.csv:
+        fields = list(dict.fromkeys(key for row in rows for key in row))
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, fields)
+            writer.writeheader()
+            writer.writerows(rows)
+    if args.plot:
+        comparison_picture(args.runs, rows, args.plot)
+    return 0
+
+
 # --------------------------------------------------------------------------------------------------------- command line
 
 
@@ -292,9 +408,14 @@ def main(argv: list[str] | None = None) -> int:
         sub.add_argument("--device", default="auto")
         sub.add_argument(*(("--json",) if name == "score" else ("--to",)), type=Path, required=name == "predict",
                          help="also write the result here" if name == "score" else "folder for the predictions")  # fmt: skip
+    sub = commands.add_parser("compare", help="one table over runs", description="One table over finished runs.")
+    sub.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
+    sub.add_argument("--mixed", action="store_true", help="also lay runs side by side that were not tested alike")
+    sub.add_argument("--csv", type=Path, help="also write the table here, one line a run")
+    sub.add_argument("--plot", type=Path, help="also draw mIoU19 against the budget here (needs matplotlib)")
     args = parser.parse_args(argv)
     try:
-        return _command(args)
+        return compare(args) if args.command == "compare" else _command(args)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,25 +5,39 @@
     torch.load("runs/.../checkpoints/last.pt", weights_only=True)           # what a run leaves: see alda/run.py
 
 RIPU: Xie et al., CVPR 2022, arXiv 2111.12940. CBDA: Schachtsiek, Rossi and Hannagan, arXiv 2311.14146.
+CBST, CBST-SP, ST: Zou et al., ECCV 2018, arXiv 1810.07911.
 """
 
 import json
 import sys
 import time
+from bisect import bisect_right
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from alda import deeplab, toy
 from alda.annotation import Rounds, ledger
-from alda.datasets import open_dataset
+from alda.datasets import IGNORE, PSEUDO, TrainingView, mix_seed, open_dataset
 from alda.errors import InputError
 from alda.evaluation import describe, evaluate, pick_device
 from alda.losses import cross_entropy, local_consistency, negative_learning
-from alda.queries import ask, budget_pixels, labels_known, query_schedule, regions_due
-from alda.run import Run, batches, next_batch, prepare
-from alda.settings import Settings, parse, protocol_of
+from alda.pseudolabels import label_target, pseudo_labels, source_prior
+from alda.queries import (
+    ask,
+    budget_pixels,
+    labels_and_pseudo,
+    labels_known,
+    pseudo_schedule,
+    query_schedule,
+    regions_due,
+)
+from alda.run import Run, batches, mixed_batches, next_batch, prepare, processes, transform_of
+from alda.selftraining import cbst_learning_rate, mine_patch, rare_classes, source_portion
+from alda.settings import SELF_TRAINING, Settings, parse, protocol_of, settings_for
 
 
 def poly(step: int, steps: int, power: float = 0.9) -> float:
@@ -48,13 +62,13 @@ def adapt_by_queries(s: Settings, out: Path, device: torch.device) -> dict:
         sizes = [sample.size for sample in target.samples]
         for group in [sizes] if s.strategy == "cbda" and s.cbda != "balance" else [[size] for size in set(sizes)]:
             regions_due(budget_pixels(s, group), s, 0)
-    rounds = Rounds(out / "rounds")
+    guesses = pseudo_schedule(s, schedule)
+    rounds, pseudo = Rounds(out / "rounds"), Rounds(out / "pseudo")
     run = Run(s, out, device)
     start = run.resume()
-    if rounds.complete() < sum(q < start for q in schedule):
-        raise InputError(
-            f"{rounds.folder}: rounds asked before step {start} are missing; restore them or use another --out"
-        )
+    all_there(rounds, schedule, start)
+    all_there(pseudo, guesses, start)
+    prior = source_prior(s, source or open_dataset(s.src, s.root), device) if s.pseudo == "cbst-sp" else None
     source_batches = None if source is None else batches(s, source, start, stream=1, labels_of=None)
     target_batches = None
 
@@ -62,37 +76,66 @@ def adapt_by_queries(s: Settings, out: Path, device: torch.device) -> dict:
         if step in schedule and rounds.complete() == schedule.index(step):
             run.save(step)
             ask(s, run, target, rounds, schedule.index(step) + 1, out)
-        if target is not None and (step in schedule or step == start):  # labels have changed: read on from here
-            known = partial(labels_known, target, rounds, upto=sum(q <= step for q in schedule))
-            labels_of = None if s.strategy == "full" else known
-            target_batches = batches(s, target, step, stream=2, labels_of=labels_of)
+        known = partial(labels_known, target, rounds, upto=sum(q <= step for q in schedule))
+        if step in guesses and pseudo.complete() == guesses.index(step):
+            run.save(step)
+            label_target(s, run, target, pseudo, guesses.index(step) + 1, s.pseudo, prior, known)
+        if target is not None and step in (start, *schedule, *guesses):  # labels have changed: read on from here
+            number = sum(g <= step for g in guesses)
+            if number:
+                known = partial(labels_and_pseudo, target, rounds, pseudo, number=number, **known.keywords)
+            target_batches = batches(s, target, step, stream=2, labels_of=None if s.strategy == "full" else known)
 
         run.set_rate(poly(step, s.poly_steps or round(1.5625 * s.steps)))
         source_batch, target_batch = next_batch(source_batches, device), next_batch(target_batches, device)
         with run.autocast():
             losses = losses_of_step(s, run.model, source_batch, target_batch)
-        run.descend(
-            losses, weights={"source": 1.0, "target": 1.0, "consistency": s.consistency, "negative": s.negative}
-        )
+        weights = {"source": 1.0, "target": 1.0, "pseudo": s.pseudo_weight, "consistency": s.consistency}
+        run.descend(losses, {**weights, "negative": s.negative})
         run.log(step + 1)
         if s.eval_every and (step + 1) % s.eval_every == 0:
             run.write_metrics({"step": step + 1, **evaluate(run.model, validation, protocol_of(s), device)})
         if (step + 1) % s.checkpoint_every == 0 or step + 1 == s.steps:
             run.save(step + 1)
 
-    records = [rounds.record(number + 1) for number in range(rounds.complete())]
     return {
         **evaluate(run.model, validation, protocol_of(s), device),
-        "budget": ledger(records),
-        "steps": s.steps,
+        **report(s, source, target, rounds),
         **({"cbda": s.cbda} if s.strategy == "cbda" else {}),
+        **({"pseudo": s.pseudo, "pseudo_rounds": records_of(pseudo)} if s.pseudo != "none" else {}),
+    }
+
+
+def records_of(rounds: Rounds) -> list[dict]:
+    """The round.json of every round that stands."""
+    return [rounds.record(number + 1) for number in range(rounds.complete())]
+
+
+def all_there(rounds: Rounds, schedule: list[int], start: int) -> None:
+    """Raises InputError where a round that was made before step `start` is missing on disk."""
+    if rounds.complete() < sum(step < start for step in schedule):
+        raise InputError(
+            f"{rounds.folder}: rounds made before step {start} are missing; restore them or use another --out"
+        )
+
+
+def report(s: Settings, source, target, rounds: Rounds, source_images: int | None = None) -> dict:
+    """What result.json says beside the scores: the ledger, its share of all target pixels, steps, images trained on."""
+    budget = ledger(records_of(rounds))
+    pixels = sum(height * width for height, width in (x.size for x in target.samples)) if target else 0
+    return {
+        "budget": {**budget, "share": budget["asked"] / pixels if pixels else 0.0},
+        "steps": s.steps,
+        "source_images": source_images if source_images is not None else len(source) if source else 0,
+        "target_images": len(target) if target else 0,
     }
 
 
 def losses_of_step(s: Settings, model, source, target) -> dict[str, torch.Tensor]:
     """The named losses of one step. `source` and `target` are (images (N,3,H,W) float32, labels (N,H,W) uint8) or None.
 
-    RIPU Eq. (9): L = CE(source) + CE(queried target) + 0.1 consistency(source) + 1.0 negative(target).
+    RIPU Eq. (9): L = CE(source) + CE(queried target) + 0.1 consistency(source) + 1.0 negative(target). With --pseudo the
+    cross-entropy of the pseudo-labelled pixels is a term of its own, so that many guesses do not outweigh few answers.
     """
     given = [batch for batch in (source, target) if batch is not None]
     if len(given) == 2 and source[0].shape == target[0].shape:  # live batch norm then sees both domains at once
@@ -107,11 +150,118 @@ def losses_of_step(s: Settings, model, source, target) -> dict[str, torch.Tensor
         if s.consistency:
             losses["consistency"] = local_consistency(logits, source[1], boundary_only=s.rules == "code")
     if target is not None:
-        logits = given_logits.pop(0)
-        losses["target"] = cross_entropy(logits, target[1])
+        logits, labels = given_logits.pop(0), target[1]
+        losses["target"] = cross_entropy(logits, labels.masked_fill(labels >= PSEUDO, IGNORE))
+        if s.pseudo != "none":
+            guessed = (labels >= PSEUDO) & (labels != IGNORE)
+            losses["pseudo"] = cross_entropy(logits, torch.where(guessed, labels - PSEUDO, IGNORE))
         if s.negative:
             losses["negative"] = negative_learning(logits.softmax(1))
     return losses
+
+
+# ------------------------------------------------------------------------------------------------ self-training: CBST
+
+
+def adapt_by_self_training(s: Settings, out: Path, device: torch.device) -> dict:
+    """CBST, CBST-SP and ST: rounds of pseudo-labels on the whole target set, each trained on with some source images.
+
+    Starts from a source-trained network: --init FILE, or one that is trained first in OUT/source. The training split of
+    the target is used without its labels; the validation split is only scored.
+    """
+    source, target = open_dataset(s.src, s.root), open_dataset(s.tgt, s.root, "train")
+    validation = open_dataset(s.tgt, s.root, "val")
+    if not s.crop and not s.source_size == s.target_size != "":
+        raise InputError(
+            "source and target images share a batch here: give --crop, or equal --source-size and --target-size"
+        )
+    shares = [source_portion(n, s.source_portion, s.source_portion_step, s.source_portion_max) for n in range(s.rounds)]
+    chosen = [max(1, round(share * len(source))) for share in shares]
+    starts = round_starts(s, [len(target) + n for n in chosen])
+    if s.init in ("imagenet", "none"):
+        s = train_source(s, out, device)
+    s = replace(s, steps=starts[-1], poly_steps=0)
+    rounds = Rounds(out / "pseudo")
+    run = Run(s, out, device)
+    start = run.resume()
+    all_there(rounds, starts[:-1], start)
+    iterator = None
+
+    for step in range(start, s.steps):
+        number = bisect_right(starts, step)  # the round, from 1
+        if step == starts[number - 1] and rounds.complete() < number:
+            run.save(step)
+            prior = source_prior(s, source, device) if s.strategy == "cbst-sp" else None
+            label_target(s, run, target, rounds, number, s.strategy, prior)
+        if step in (start, starts[number - 1]):
+            iterator = round_batches(s, source, target, rounds, number, chosen[number - 1], step - starts[number - 1])
+
+        run.set_rate(cbst_learning_rate(1.0, number - 1))
+        images, labels, _ = next_batch(iterator, device)
+        with run.autocast():
+            logits = run.model(images)
+        logits = deeplab.upsample(logits.float(), labels.shape[-2:])
+        run.descend({"cross_entropy": cross_entropy(logits, labels)}, {"cross_entropy": 1.0})
+        run.log(step + 1)
+        if s.eval_every and (step + 1) % s.eval_every == 0:
+            run.write_metrics({"step": step + 1, **evaluate(run.model, validation, protocol_of(s), device)})
+        if (step + 1) % s.checkpoint_every == 0 or step + 1 == s.steps:
+            run.save(step + 1)
+
+    return {
+        **evaluate(run.model, validation, protocol_of(s), device),
+        **report(s, source, target, Rounds(out / "rounds"), chosen[-1]),
+        "pseudo_rounds": records_of(rounds),
+    }
+
+
+def round_batches(s: Settings, source, target, rounds: Rounds, number: int, chosen: int, step: int):
+    """Batches of round `number` from its step `step` on: all target images with their pseudo-labels, `chosen` source images.
+
+    With --crop, windows are placed around the classes that were predicted most rarely (--mine), in both domains: by reading
+    the official code, which mines its joint list.
+    """
+    record = rounds.record(number)
+    rare = rare_classes([c["predicted"] for c in record["classes"].values()])
+    at = partial(mine_patch, rare=rare, chance=s.mine) if s.mine else None
+
+    def guessed(index: int) -> torch.Tensor:
+        return pseudo_labels(rounds, number, target.samples[index])
+
+    views = [
+        TrainingView(source, transform_of(s, 1, at), mix_seed(s.seed, 6, number)),
+        TrainingView(target, transform_of(s, 2, at), mix_seed(s.seed, 7, number), guessed),
+    ]
+    order = np.random.default_rng(mix_seed(s.seed, 8, number)).permutation(len(source))
+    entries = [(0, int(i)) for i in order[:chosen]] + [(1, i) for i in range(len(target))]
+    return mixed_batches(s, views, entries, step, mix_seed(s.seed, 9, number))
+
+
+def round_starts(s: Settings, images: list[int]) -> list[int]:
+    """The steps at which each round begins, and the end: --epochs passes over so many `images`, or equal parts of --steps."""
+    if not s.epochs:
+        if s.steps < len(images):
+            raise InputError(f"--steps {s.steps} is too short for --rounds {len(images)}")
+        return [s.steps * number // len(images) for number in range(len(images) + 1)]
+    a_step = s.batch * processes()[1]
+    return [0, *np.cumsum([-(-s.epochs * n // a_step) for n in images]).tolist()]
+
+
+def train_source(s: Settings, out: Path, device: torch.device) -> Settings:
+    """Trains `source-only` in OUT/source, or goes on with it; returns the settings that start from its network."""
+    default = settings_for({"strategy": "source-only", "root": s.root})
+    schedule = {name: getattr(default, name) for name in ("lr", "batch", "source_sampling", "consistency", "negative")}
+    own = replace(
+        s, strategy="source-only", steps=s.source_steps or default.steps, epochs=0, poly_steps=0, eval_every=0,
+        out=str(out / "source"), resume=True, **schedule)  # fmt: skip
+    last = out / "source" / "checkpoints" / "last.pt"
+    if not (out / "source" / "result.json").is_file():
+        print(f"source-only: {own.steps} steps in {out / 'source'}", flush=True)
+        result = adapt_by_queries(own, prepare(own), device)
+        (out / "source" / "result.json").write_text(json.dumps({"strategy": "source-only", **result}, indent=1))
+        print(f"source-only: mIoU19 {100 * result['mIoU19']:.2f}", flush=True)
+    batch_norm = deeplab.read(last)["network"]["batch_norm"]
+    return replace(s, init=str(last), batch_norm=batch_norm)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -130,13 +280,16 @@ def main(argv: list[str] | None = None) -> int:
         out = prepare(s)
         began, mark = time.time(), "TOY " if s.root == "toy" else ""
         print(f"{mark}{s.strategy}: {s.src} -> {s.tgt}, {s.steps} steps on {device}, run folder {out}", flush=True)
-        result = {"strategy": s.strategy, "toy": s.root == "toy", **adapt_by_queries(s, out, device)}
+        adapt = adapt_by_self_training if s.strategy in SELF_TRAINING else adapt_by_queries
+        result = {"strategy": s.strategy, "toy": s.root == "toy", **adapt(s, out, device)}
         result["wall_s"] = time.time() - began
         (out / "result.json").write_text(json.dumps(result, indent=1))
         print(f"{mark}{s.strategy}, last checkpoint, {result['images']} validation images\n{describe(result)}")
         return 0
     except (InputError, FloatingPointError, OSError) as error:
-        if out is not None and not any((out / part).exists() for part in ("checkpoints", "rounds", "metrics.jsonl")):
+        if out is not None and not any(
+            (out / part).exists() for part in ("checkpoints", "rounds", "source", "metrics.jsonl")
+        ):
             (out / "config.json").unlink(missing_ok=True)  # nothing was run: the folder stays free for the next try
         text = str(error).strip().splitlines()[-1]  # from a loading process the message comes below its traceback
         print(f"error: {text.removeprefix('alda.errors.InputError: ')}", file=sys.stderr)

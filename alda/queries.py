@@ -15,9 +15,20 @@ import torch
 
 from alda import acquisition, deeplab
 from alda.annotation import Rounds, ground_truth, ledger
-from alda.datasets import IGNORE, NAMES, ImagesOnly, SegmentationDataset, load, mix_seed, normalise, resize_image
+from alda.datasets import (
+    IGNORE,
+    NAMES,
+    PSEUDO,
+    ImagesOnly,
+    SegmentationDataset,
+    load,
+    mix_seed,
+    normalise,
+    resize_image,
+)
 from alda.errors import InputError
 from alda.evaluation import class_picture, parse_size
+from alda.pseudolabels import pseudo_labels
 from alda.run import Run, save_picture
 from alda.settings import Settings
 
@@ -163,6 +174,28 @@ def choose(s: Settings, run: Run, target: SegmentationDataset, rounds: Rounds, n
         centres = [picks.get(index, torch.empty(0, 2, dtype=torch.int64)) for index in range(len(target))]
         notes["threshold"] = pool.threshold
     return centres, shown, notes
+
+
+def pseudo_schedule(s: Settings, queries: list[int]) -> list[int]:
+    """Before which steps --pseudo labels the target anew: --pseudo-steps, or the last query and three more, evenly."""
+    if s.pseudo == "none":
+        return []
+    if s.pseudo_steps:
+        try:
+            schedule = [int(part) for part in s.pseudo_steps.split(",")]
+        except ValueError:
+            schedule = []
+        if not schedule or schedule != sorted(set(schedule)) or schedule[0] < 0 or schedule[-1] >= s.steps:
+            raise InputError(f"--pseudo-steps needs growing steps below --steps ({s.steps}); got {s.pseudo_steps!r}")
+        return schedule
+    first = queries[-1]
+    return sorted({first + (s.steps - first) * part // 4 for part in range(4)})
+
+
+def labels_and_pseudo(target: SegmentationDataset, rounds: Rounds, pseudo: Rounds, index: int, upto: int, number: int):
+    """The bought labels of an image, and 100 + c where there is none but round `number` of pseudo-labels says c."""
+    bought, guessed = labels_known(target, rounds, index, upto), pseudo_labels(pseudo, number, target.samples[index])
+    return torch.where(bought != IGNORE, bought, torch.where(guessed != IGNORE, guessed + PSEUDO, IGNORE))
 
 
 def labels_known(target: SegmentationDataset, rounds: Rounds, index: int, upto: int) -> torch.Tensor:

@@ -26,6 +26,7 @@ from alda import deeplab
 from alda.datasets import (
     EndlessSampler,
     JointTransform,
+    Mixture,
     SegmentationDataset,
     TrainingView,
     class_presence,
@@ -34,6 +35,7 @@ from alda.datasets import (
 )
 from alda.errors import InputError
 from alda.evaluation import parse_size, picture
+from alda.settings import parse_scale
 
 # settings that may differ between a run and its resumption: where it runs and what it shows, not what it computes
 # (another device or number of threads sums floats in another order, so the bits are then no longer the same)
@@ -51,15 +53,45 @@ def batches(s, dataset: SegmentationDataset, step: int, stream: int, labels_of):
         presence = class_presence(dataset, s.workers)
     sampler = EndlessSampler(len(dataset), mix_seed(s.seed, stream), presence=presence)
     sampler.load_state_dict({"position": step * s.batch})
-    size = parse_size(s.source_size if stream == 1 else s.target_size)
-    keep = stream == 2 and s.keep_labels
-    view = TrainingView(dataset, JointTransform(size=size, keep_labels=keep), mix_seed(s.seed, stream, 1), labels_of)
+    view = TrainingView(dataset, transform_of(s, stream), mix_seed(s.seed, stream, 1), labels_of)
     return iter(load(view, s.workers, batch_size=s.batch, sampler=sampler, pin_memory=torch.cuda.is_available()))
+
+
+def transform_of(s, stream: int, crop_at=None) -> JointTransform:
+    """The training transform of the source (`stream` 1) or the target (2); `crop_at` see JointTransform."""
+    size = s.source_size if stream == 1 else s.target_size
+    return JointTransform(
+        size=parse_size(size) if size else None,
+        scale=parse_scale(s.scale),
+        crop=parse_size(s.crop) if s.crop else None,
+        flip=s.flip,
+        keep_labels=stream == 2 and s.keep_labels,
+        crop_at=crop_at,
+    )
+
+
+def mixed_batches(s, views: list[TrainingView], entries: list[tuple[int, int]], step: int, seed: int):
+    """An endless iterator of [images, labels, entry numbers (N,) int64] of several views, shuffled, from step `step` on.
+
+    Under torchrun each process gets its own part of every step. The views must give images of one size.
+    """
+    rank, world = processes()
+    sampler = EndlessSampler(len(entries), seed, rank, world)
+    sampler.load_state_dict({"position": step * s.batch * world})
+    mixture = Mixture(views, entries)
+    return iter(load(mixture, s.workers, batch_size=s.batch, sampler=sampler, pin_memory=torch.cuda.is_available()))
 
 
 def next_batch(iterator, device):
     """The next [images, labels] on the device, or None where there is no iterator (source-only, source-free)."""
     return None if iterator is None else [x.to(device, non_blocking=True) for x in next(iterator)]
+
+
+def processes() -> tuple[int, int]:
+    """(rank, number) of the processes that train together; (0, 1) without torchrun."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
 def save_picture(panels: dict, size: tuple[int, int], path: Path) -> None:

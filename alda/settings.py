@@ -19,12 +19,17 @@ def option(default, group: str, text: str, choices: tuple = ()):
     return dataclasses.field(default=default, metadata={"group": group, "help": text, "choices": choices})
 
 
-STRATEGIES = ("source-only", "full", "random", "entropy", "margin", "ripu", "ripu-pa", "cbda")
+QUERIES = ("random", "entropy", "margin", "ripu", "ripu-pa", "cbda")  # strategies that ask for pixels
+SELF_TRAINING = ("st", "cbst", "cbst-sp")  # strategies that ask for nothing
+STRATEGIES = ("source-only", "full", *QUERIES, "stal", *SELF_TRAINING)
 
 
-AT_LEAST_1 = ("steps", "batch", "rounds", "log_every", "checkpoint_every")
-AT_LEAST_0 = ("workers", "threads", "poly_steps", "momentum", "weight_decay", "radius", "pixels", "consistency", "negative",
-              "eval_every", "pictures")  # fmt: skip
+AT_LEAST_1 = ("steps", "batch", "rounds", "log_every", "checkpoint_every", "bank")
+AT_LEAST_0 = ("workers", "threads", "epochs", "poly_steps", "momentum", "weight_decay", "radius", "pixels", "consistency",
+              "negative", "eval_every", "pictures", "source_steps", "source_images", "pseudo_weight", "unlabelled", "contrast",
+              "auxiliary", "ohem_pixels")  # fmt: skip
+SHARES = ("portion", "portion_step", "portion_max", "source_portion", "source_portion_step", "source_portion_max", "mine",
+          "drop", "contrast_start", "ema")  # fmt: skip
 
 
 @dataclass
@@ -55,22 +60,35 @@ class Settings:
     init: str = option(
         "imagenet", "network", "imagenet (torchvision IMAGENET1K_V1), none (random), or a checkpoint FILE"
     )
+    head: str = option(
+        "ripu", "network", "the DeepLabV3+ of RIPU, or of STAL (dense ASPP 12/24/36, multi-grid)", ("ripu", "stal")
+    )
     batch_norm: str = option("auto", "network", "auto: live with --init none, else frozen", ("auto", "frozen", "live"))
 
-    steps: int = option(40_000, "schedule", "optimizer steps")
+    steps: int = option(40_000, "schedule", "optimizer steps, over all rounds")
+    epochs: int = option(
+        0, "schedule", "CBST, STAL: passes over the training images in each round, instead of --steps (0: --steps)"
+    )
     poly_steps: int = option(0, "schedule", "length of the poly decay; 0 is 1.5625 x steps (RIPU: 62,500 for 40,000)")
     batch: int = option(2, "schedule", "images a step, of the source and of the target each")
     lr: float = option(2.5e-4, "schedule", "learning rate of the backbone; the head has 10 times as much")
     momentum: float = option(0.9, "schedule", "SGD momentum")
     weight_decay: float = option(5e-4, "schedule", "SGD weight decay")
-    source_size: str = option("1280x720", "schedule", "WxH that source images are resized to")
+    source_size: str = option("1280x720", "schedule", "WxH that source images are resized to; '': their own")
     target_size: str = option("1280x640", "schedule", "WxH that target images are resized to, for training and scoring")
+    crop: str = option("", "schedule", "WxH of a random crop after resizing; '': none")
+    scale: str = option("1,1", "schedule", "range of a random scaling before the crop")
+    flip: bool = option(False, "schedule", "mirror half of the training images")
     source_sampling: str = option("balanced", "schedule", "order of source images", ("balanced", "uniform"))
     log_every: int = option(50, "schedule", "steps between progress lines")
     checkpoint_every: int = option(1000, "schedule", "steps between checkpoints")
 
-    budget: float = option(0.022, "queries", "share of each target image's pixels that may be asked, over all rounds")
-    rounds: int = option(5, "queries", "query rounds")
+    budget: float = option(
+        0.022,
+        "queries",
+        "share of each target image's pixels (STAL: of the target images) that may be asked, over all rounds",
+    )
+    rounds: int = option(5, "queries", "rounds: of queries, of pseudo-labels (CBST), or loops (STAL)")
     query_steps: str = option(
         "", "queries", "steps before which the rounds are asked, '10000,12000'; default 25%%..45%% of steps"
     )
@@ -94,6 +112,60 @@ class Settings:
         "max(0, 1 - n_c / (t_c B)), this project's formula for the paper's words; both",
         ("dynamic", "balance", "both"),
     )
+
+    portion: float = option(0.2, "CBST", "share of each class's predictions that is pseudo-labelled in the first round")
+    portion_step: float = option(0.05, "CBST", "what is added to it in each later round")
+    portion_max: float = option(0.5, "CBST", "where it stops")
+    source_portion: float = option(0.03, "CBST", "share of the source images that the first round trains on")
+    source_portion_step: float = option(0.0025, "CBST", "what is added to it in each later round")
+    source_portion_max: float = option(0.06, "CBST", "where it stops")
+    mine: float = option(0.8, "CBST", "chance of a crop around a rare class; needs --crop")
+    source_steps: int = option(
+        0, "CBST", "steps of the source training where --init is no file; 0: as many as source-only's default"
+    )
+    pseudo: str = option(
+        "none",
+        "CBST",
+        "pseudo-labels beside the bought labels, for strategies that query pixels",
+        ("none", *SELF_TRAINING),
+    )
+    pseudo_steps: str = option(
+        "",
+        "CBST",
+        "with --pseudo: steps before which the target is labelled anew; default the last query and three more, evenly",
+    )
+    pseudo_weight: float = option(1.0, "CBST", "with --pseudo: weight of their cross-entropy")
+
+    source_images: int = option(2000, "STAL", "source images, drawn by --seed; 0: all")
+    drop: float = option(0.2, "STAL", "alpha_0: share of target pixels without pseudo-label, falling to 0 (Eq. 7)")
+    unlabelled: float = option(
+        1.0, "STAL", "lambda_u, weight of the pseudo-labelled target pixels (Eq. 1); 0: left out"
+    )
+    contrast: float = option(0.1, "STAL", "lambda_c, weight of the contrastive loss (Eq. 1); 0: left out")
+    contrast_start: float = option(
+        0.1, "STAL", "share of a loop's steps before the contrastive loss (20 of 200 epochs)"
+    )
+    image_queries: str = option(
+        "uncertainty",
+        "STAL",
+        "images of the later loops: the most uncertain (Eq. 8), or random",
+        ("uncertainty", "random"),
+    )
+    restart: bool = option(
+        False,
+        "STAL",
+        "each loop starts from --init again, as the official configurations; default: from the last teacher",
+    )
+    auxiliary: float = option(0.4, "STAL", "weight of the auxiliary head's loss; 0: no such head")
+    ohem_pixels: int = option(100_000, "STAL", "hard pixels that are kept at least in the supervised loss")
+    ohem_threshold: float = option(
+        0.7, "STAL", "pixels less likely than this are hard; 1: all are, plain cross-entropy"
+    )
+    ema: float = option(0.99, "STAL", "largest decay of the teacher's average")
+    bank: int = option(30_000, "STAL", "features a class in the memory bank; 5/3 as many for class 0")
+    copy_paste: bool = option(True, "STAL", "adaptive copy-paste on labelled images (AEL)")
+    cutmix: bool = option(True, "STAL", "adaptive CutMix on unlabelled images (AEL)")
+    class_keep: bool = option(True, "STAL", "thin the pseudo-labels of confident classes (AEL)")
 
     consistency: float = option(0.1, "RIPU losses", "weight of local consistency on the source (Eq. 7)")
     negative: float = option(1.0, "RIPU losses", "weight of negative learning on the target (Eq. 8)")
@@ -124,6 +196,13 @@ class Settings:
             for name in names:
                 if not getattr(self, name) >= low:  # also refuses nan
                     raise InputError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
+        for name in SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"--{name.replace('_', '-')} is a share, from 0 to 1; got {getattr(self, name)}")
+        if self.pseudo != "none" and self.strategy not in QUERIES:
+            raise InputError(f"--pseudo goes with {', '.join(QUERIES)}; --strategy {self.strategy} has its own labels")
+        if parse_scale(self.scale) != (1.0, 1.0) and not self.crop:
+            raise InputError("--scale needs --crop: the images of a batch must have one size")
         if not 0 < self.lr < math.inf:
             raise InputError(f"--lr must be above 0, got {self.lr}")
         if 0 < self.poly_steps < self.steps:
@@ -136,12 +215,53 @@ class Settings:
             raise InputError(f"--budget is a share of the pixels, above 0 and at most 1; got {self.budget}")
 
 
+def parse_scale(text: str) -> tuple[float, float]:
+    """ "0.5,1.5" to (0.5, 1.5)."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low, high = 0.0, 0.0
+    if not 0 < low <= high < math.inf:
+        raise InputError(f"--scale is LOW,HIGH, for example 0.5,1.5; got {text!r}")
+    return low, high
+
+
+# CBST's PyTorch version crops and augments as here; its MXNet version, whose learning rate falls by sqrt(2) a round as
+# here, crops 500 at scales 0.7 to 1.3.
+_CBST = {
+    "lr": 1e-4,
+    "rounds": 6,
+    "epochs": 2,
+    "source_size": "",
+    "target_size": "2048x1024",
+    "crop": "1024x512",
+    "scale": "0.5,1.5",
+    "flip": True,
+    "test_size": "1280x640",
+}
 # What each strategy's paper sets otherwise than the defaults of Settings.
 PAPER: dict[str, dict] = {
     "source-only": {"consistency": 0.0, "negative": 0.0},
     "full": {"consistency": 0.0, "negative": 0.0},
     "ripu-pa": {"unit": "pixel", "radius": 32, "pixels": 40},
     "cbda": {"net": "deeplabv3plus", "budget": 0.05},
+    "stal": {
+        "net": "deeplabv3plus",
+        "head": "stal",
+        "batch_norm": "live",
+        "epochs": 200,
+        "lr": 2.5e-3,
+        "weight_decay": 1e-4,
+        "source_size": "",
+        "target_size": "2048x1024",
+        "crop": "769x769",
+        "scale": "0.5,2",
+        "flip": True,
+        "budget": 0.05,
+        "rounds": 3,
+        "protocol": "sliding",
+    },
+    **dict.fromkeys(SELF_TRAINING, _CBST),
 }
 SOURCE_FREE = {"steps": 30_000, "consistency": 0.0}  # queries at 0, 2,000, ..., 8,000 of 30,000: see query_schedule
 # The miniature world: ResNet-18 from random weights on small pictures.
@@ -158,7 +278,29 @@ TOY = {
     "log_every": 20,
     "checkpoint_every": 100,
 }
-TOY_BY_STRATEGY: dict[str, dict] = {"ripu-pa": {"radius": 4}}  # 32 of Cityscapes' 2048 columns, on 256
+_TOY_CBST = {
+    "epochs": 0,
+    "lr": 0.005,
+    "rounds": 4,
+    "crop": "160x80",
+    "test_size": "",
+    "source_portion": 0.12,  # 30 source pictures to 120 of the target, about GTA5's 750 to Cityscapes' 2,975
+    "source_portion_step": 0.01,
+    "source_portion_max": 0.24,
+}
+TOY_BY_STRATEGY: dict[str, dict] = {
+    "ripu-pa": {"radius": 4},  # 32 of Cityscapes' 2048 columns, on 256
+    "stal": {
+        "epochs": 0,
+        "head": "ripu",
+        "crop": "160x80",
+        "source_images": 0,
+        "protocol": "ripu",
+        "bank": 3000,
+        "ohem_pixels": 2500,
+    },
+    **dict.fromkeys(SELF_TRAINING, _TOY_CBST),
+}
 
 
 def settings_for(given: dict) -> Settings:
@@ -174,6 +316,8 @@ def settings_for(given: dict) -> Settings:
             {k: v for k, v in TOY.items() if not (k == "init" and "init" in merged)},
             **TOY_BY_STRATEGY.get(strategy, {}),
         )
+    if "steps" in given:
+        merged["epochs"] = 0
     return Settings(**{**merged, **given})
 
 

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from alda import datasets as D
+from alda.annotation import read_map, write_map
 from alda.errors import InputError
 from alda.toy import write_png16
 
@@ -109,6 +110,33 @@ def test_acdc_lists_its_four_conditions(tmp_path):
     assert [s.group for s in data.samples] == ["fog", "night", "rain", "snow"] and (data.labels(2) == 10).all()
 
 
+@pytest.mark.parametrize("name", ["gta5", "synthia", "cityscapes", "acdc"])
+def test_every_class_of_every_dataset_survives_files_and_back(name, tmp_path):
+    """Raw ids on disk -> train ids -> a round of labels on disk -> Cityscapes label ids: each class returns as itself.
+
+    CBST's official map inverts itself under Python 3 and turns 45 mIoU into 2.
+    """
+    known = [c for c in D.CLASSES if name != "synthia" or c.synthia_id is not None]
+    ids = [c.synthia_id if name == "synthia" else c.cityscapes_id for c in known]
+    raw = np.array([ids, [0] * len(ids)], np.uint8)  # a row of all classes, and one without a label
+    if name == "gta5":
+        gta5_pair(tmp_path, "00001.png", raw)
+    elif name == "cityscapes":
+        cityscapes_pair(tmp_path, labels=raw)
+    elif name == "acdc":
+        put(tmp_path / "acdc/rgb_anon/fog/train/GP01/a_rgb_anon.png", np.zeros((*raw.shape, 3), np.uint8))
+        put(tmp_path / "acdc/gt/fog/train/GP01/a_gt_labelIds.png", raw)
+    else:
+        put(tmp_path / "synthia/RGB/a.png", np.zeros((*raw.shape, 3), np.uint8))
+        (tmp_path / "synthia/GT/LABELS").mkdir(parents=True)
+        write_png16(tmp_path / "synthia/GT/LABELS/a.png", np.repeat(raw.astype(np.uint16)[..., None], 3, axis=2))
+    labels = D.open_dataset(name, tmp_path).labels(0)
+    assert [D.NAMES[c] for c in labels[0].tolist()] == [c.name for c in known] and (labels[1] == 255).all()
+    write_map(tmp_path / "round.png", labels)
+    again = read_map(tmp_path / "round.png", labels.shape, 255)
+    assert D.to_label_ids(again.numpy()).tolist() == [[c.cityscapes_id for c in known], [0] * len(known)]
+
+
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -187,6 +215,13 @@ def test_keep_labels_loses_no_bought_cell():
         assert (plain != 255).sum() < (kept != 255).sum()
 
 
+def test_keep_labels_prefers_bought_to_pseudo_labels():
+    labels = torch.full((4, 4), D.PSEUDO + 3, dtype=torch.uint8)
+    labels[0, 0], labels[2, 2] = 7, 255  # bought; and nothing at all
+    assert D.resize_labels(labels, (2, 2)).tolist() == [[103, 103], [103, 103]]
+    assert D.resize_labels(labels, (2, 2), keep=True).tolist() == [[7, 103], [103, 103]]
+
+
 def test_joint_transform_moves_image_and_labels_together():
     labels = torch.zeros(40, 60, dtype=torch.uint8)
     labels[10:30, 20:50] = 1
@@ -204,6 +239,35 @@ def test_crop_pads_labels_with_ignore():
     transform = D.JointTransform(crop=(6, 6))
     _, y = transform(torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8), torch.Generator())
     assert (y == 255).sum() == 36 - 16 and (y[:4, :4] == 0).all()
+
+
+def test_a_crop_is_placed_where_it_is_told():
+    labels = torch.arange(64, dtype=torch.uint8).view(8, 8)
+    image = labels.expand(3, 8, 8)
+    seen = []
+
+    def at(labels, crop, generator):
+        seen.append((tuple(labels.shape), crop))
+        return (2, 5)
+
+    transform = D.JointTransform(crop=(4, 3), crop_at=at)
+    assert transform(image, labels, torch.Generator())[1].tolist() == labels[2:6, 5:8].tolist() and seen == [
+        ((8, 8), (4, 3))
+    ]
+    anywhere = D.JointTransform(crop=(4, 3), crop_at=lambda *args, **named: None)
+    x, y = anywhere(image, labels, torch.Generator().manual_seed(0))
+    expected = D.JointTransform(crop=(4, 3))(image, labels, torch.Generator().manual_seed(0))
+    assert torch.equal(x, expected[0]) and torch.equal(y, expected[1])
+
+
+def test_a_mixture_shows_its_entries(tmp_path):
+    for name, value in (("00001.png", 7), ("00002.png", 8), ("00003.png", 11)):
+        gta5_pair(tmp_path, name, np.full((4, 6), value, np.uint8))
+    data = D.open_dataset("gta5", tmp_path)
+    views = [D.TrainingView(data, D.JointTransform(), seed) for seed in (1, 2)]
+    mixture = D.Mixture(views, [(0, 2), (1, 0), (1, 1)])
+    found = [mixture[draw, k] for draw, k in ((0, 0), (1, 1), (2, 2))]
+    assert [(int(y[0, 0]), k) for _, y, k in found] == [(2, 0), (0, 1), (1, 2)] and len(mixture) == 3
 
 
 # ------------------------------------------------------------------------------------------------------------- samplers

@@ -1,5 +1,7 @@
 """Confusion matrix and IoU against slow loops and recorded official outputs; protocols, export, command line."""
 
+import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -174,3 +176,73 @@ def test_dataset_without_labels_cannot_be_scored(tiny_world):
     bare = SegmentationDataset("cityscapes", [s._replace(label=None) for s in data.samples], "cityscapes")
     with pytest.raises(E.InputError, match="publishes no labels"):
         E.evaluate(Echo(), bare, E.PROTOCOLS["whole"], "cpu")
+
+
+# -------------------------------------------------------------------------------------------------------------- compare
+
+
+def finished(folder, strategy="ripu", miou=0.5, protocol="ripu (64x32)", **more):
+    """A run's folder as a finished run leaves it, without the network."""
+    folder.mkdir()
+    s = {
+        "src": "gta5",
+        "tgt": "cityscapes",
+        "net": "deeplabv2",
+        "backbone": "resnet18",
+        "seed": 0,
+        "pixels": 0,
+        "budget": 0.05,
+    }
+    (folder / "config.json").write_text(json.dumps({"settings": s}))
+    budget = {"asked": 50, "share": 0.05, "images": 3, "trained": 20, "class_entropy": 0.8}
+    means = {"mIoU19": miou, "mIoU16": miou, "mIoU13": None}
+    ious = {**dict.fromkeys(E.NAMES, miou), "train": None}
+    lowest = {"class": "wall", "IoU": 0.01}
+    result = {
+        "strategy": strategy,
+        "toy": False,
+        "IoU": ious,
+        **means,
+        "lowest": lowest,
+        "protocol": protocol,
+        "images": 4,
+    }
+    (folder / "result.json").write_text(
+        json.dumps({**result, "budget": budget, "steps": 9, "source_images": 8, **more})
+    )
+    return str(folder)
+
+
+def test_compare_lays_runs_side_by_side(tmp_path, capsys):
+    loops = [{"share": 0.01, "mIoU19": 0.2}, {"share": 0.05, "mIoU19": 0.4}]
+    runs = [
+        finished(tmp_path / "a"),
+        finished(tmp_path / "b", "cbda", 0.6, cbda="both", pseudo="cbst"),
+        finished(tmp_path / "c", "stal", 0.4, student={"mIoU19": 0.3}, loops=loops),
+    ]
+    files = {"--csv": tmp_path / "t.csv", "--plot": tmp_path / "p.png"}
+    assert E.main(["compare", *runs, *(str(x) for pair in files.items() for x in pair)]) == 0
+    out = capsys.readouterr().out
+    assert "protocol: ripu (64x32)" in out and "TOY" not in out
+    line = next(line for line in out.splitlines() if line.startswith("mIoU19"))
+    assert line.split() == ["mIoU19", "50.0", "60.0", "40.0"]
+    assert next(line for line in out.splitlines() if line.startswith("IoU train")).split()[2:] == ["-", "-", "-"]
+    with open(files["--csv"]) as file:
+        rows = list(csv.DictReader(file))
+    assert [row["strategy"] for row in rows] == ["ripu", "cbda both + cbst", "stal"]
+    assert rows[2]["student mIoU19"] == "30.0" and rows[0]["IoU wall"] == "50.0" and rows[0]["IoU train"] == ""
+    assert np.array(Image.open(files["--plot"]).convert("RGB")).std() > 5
+
+
+def test_compare_refuses_to_mix(tmp_path, capsys):
+    runs = [finished(tmp_path / "a"), finished(tmp_path / "b", protocol="sliding (full resolution)")]
+    assert E.main(["compare", *runs]) == 2
+    err = capsys.readouterr().err
+    assert (
+        err.count("\n") == 1 and "different values of 'protocol'" in err and "sliding (full" in err and "--mixed" in err
+    )
+    assert E.main(["compare", *runs, "--mixed"]) == 0
+    assert "sliding (full resolution)" in capsys.readouterr().out
+    runs = [runs[0], finished(tmp_path / "c", images=5)]
+    assert E.main(["compare", *runs]) == 2 and "cityscapes, 5 images" in capsys.readouterr().err
+    assert E.main(["compare", str(tmp_path)]) == 2 and "no result.json" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alda import evaluation, loop, queries, settings
+from alda import evaluation, loop, pseudolabels, queries, settings
 from alda.annotation import Rounds
 from alda.datasets import open_dataset
 from alda.errors import InputError
@@ -37,8 +37,10 @@ SMALL = {
 
 def arguments(world, out, **changes):
     given = {"root": str(world), "out": str(out), **SMALL, **changes}
-    if given["strategy"] in ("source-only", "full"):
+    if given["strategy"] in ("source-only", "full", "stal", *settings.SELF_TRAINING):
         given.pop("query_steps")
+    if given["strategy"] in settings.SELF_TRAINING:
+        given = {"crop": "48x24", "test_size": "64x32", "source_steps": 2, "source_portion": 0.3, **given}
     words = []
     for name, value in given.items():
         name = "--" + name.replace("_", "-")
@@ -66,7 +68,11 @@ def assert_same_bits(a, b, where="state"):
 
 
 def round_files(out):
-    return {str(p.relative_to(out)): p.read_bytes() for p in sorted((out / "rounds").rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(out)): p.read_bytes()
+        for part in ("rounds", "pseudo")
+        for p in sorted((out / part).rglob("*.*"))
+    }
 
 
 def metric_lines(out):
@@ -79,7 +85,7 @@ def interrupt(monkeypatch):
     """Makes the n-th training step or the n-th image of a query round raise KeyboardInterrupt, as a kill would end it."""
 
     def after(name, calls):
-        module = loop if hasattr(loop, name) else queries
+        module = next(m for m in (loop, queries, pseudolabels) if hasattr(m, name))
         original, seen = getattr(module, name), [0]
 
         def counted(*args, **kwargs):
@@ -95,7 +101,7 @@ def interrupt(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "strategy", [*settings.STRATEGIES, "cbda dynamic", "cbda balance", "ripu deeplabv3plus"]
+    "strategy", ["source-only", "full", *settings.QUERIES, "cbda dynamic", "cbda balance", "ripu deeplabv3plus"]
 )  # V3+ has dropout: random states count
 def test_interrupted_and_resumed_equals_uninterrupted(strategy, tiny_world, tmp_path, interrupt, monkeypatch):
     strategy, variant = (*strategy.split(), "")[:2]
@@ -122,6 +128,74 @@ def test_interrupted_and_resumed_equals_uninterrupted(strategy, tiny_world, tmp_
     results = [json.loads((out / "result.json").read_text()) for out in (whole, parts)]
     assert results[0] | {"wall_s": 0} == results[1] | {"wall_s": 0}
     check_result(whole, strategy, results[0], tiny_world)
+
+
+@pytest.mark.parametrize("strategy", ["st", "cbst", "cbst-sp", "ripu st", "cbda cbst", "random cbst-sp"])
+def test_pseudo_labels_interrupted_and_resumed(strategy, tiny_world, tmp_path, interrupt, monkeypatch):
+    strategy, pseudo = (*strategy.split(), "")[:2]
+    options = {"strategy": strategy, **({"pseudo": pseudo, "pseudo_steps": "3,6"} if pseudo else {})}
+    options["rules"] = "code"  # the network of 2 steps saturates: the paper's strict rule labels nothing
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert loop.main(arguments(tiny_world, whole, **options)) == 0
+    resume = {}
+    # in the middle of the source training (where there is one), of the second pass over the target, and of training
+    for name, calls in (("cross_entropy", 1), ("cbst_pseudo_labels", 9), ("cross_entropy", 3)):
+        interrupt(name, calls)
+        with pytest.raises(KeyboardInterrupt):
+            loop.main(arguments(tiny_world, parts, **options, **resume))
+        monkeypatch.undo()
+        resume = {"resume": True}
+    assert loop.main(arguments(tiny_world, parts, **options, **resume)) == 0
+    assert_same_bits(state_of(whole)["model"], state_of(parts)["model"])
+    assert round_files(whole) == round_files(parts) and metric_lines(whole) == metric_lines(parts)
+    result, again = (json.loads((out / "result.json").read_text()) | {"wall_s": 0} for out in (whole, parts))
+    assert result == again and (result["budget"]["asked"] > 0) == bool(pseudo)
+    check_pseudo_labels(whole, result, tiny_world)
+
+
+def check_pseudo_labels(out, result, world):
+    """Every target image was pseudo-labelled in both rounds, never where it was bought, and the record counts it right."""
+    target, rounds, pseudo = open_dataset("cityscapes", world, "train"), Rounds(out / "rounds"), Rounds(out / "pseudo")
+    assert pseudo.complete() == 2 and [r["portion"] for r in result["pseudo_rounds"]] == [0.2, 0.25]
+    record, asked_before = pseudo.record(2), sum(step <= 6 for step in (2, 5)) if rounds.complete() else 0
+    labelled = correct = 0
+    for index, sample in enumerate(target.samples):
+        labels, truth = pseudolabels.pseudo_labels(pseudo, 2, sample), target.labels(index)
+        labelled += int((labels != 255).sum())
+        correct += int(((labels == truth) & (labels != 255)).sum())
+        assert not ((labels != 255) & (rounds.labels(sample.id, sample.size, asked_before) != 255)).any()
+    assert record["labelled"] == labelled > 0 and 0 < record["accuracy"] <= 1
+    assert record["accuracy"] >= correct / labelled - 1e-9  # pixels whose truth is unknown are not judged
+    validation = {s.id for s in open_dataset("cityscapes", world, "val").samples}
+    files = {p.stem for p in (out / "pseudo").rglob("labels/*.png")}
+    assert files == {s.id for s in target.samples} and not files & validation
+    assert list((out / "pictures/pseudo-02").glob("*.png"))
+
+
+def test_pseudo_labels_are_a_loss_of_their_own():
+    """A label map with 100 + c: those pixels are in the loss `pseudo` and nowhere else."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(2, 3, 8, 8), torch.randint(0, 19, (2, 8, 8), dtype=torch.uint8)
+    labels[0, :4], labels[1, :2] = labels[0, :4] + 100, 255
+    s = settings.settings_for({"strategy": "ripu", "pseudo": "cbst"})
+    logits = torch.randn(2, 19, 8, 8)
+    losses = loop.losses_of_step(s, lambda x: logits, None, [images, labels])
+    bought, guessed = labels.clone(), torch.full_like(labels, 255)
+    bought[0, :4], guessed[0, :4] = 255, labels[0, :4] - 100
+    for name, expected in (("target", bought), ("pseudo", guessed)):
+        torch.testing.assert_close(
+            losses[name], torch.nn.functional.cross_entropy(logits, expected.long(), ignore_index=255)
+        )
+    off = loop.losses_of_step(settings.settings_for({"strategy": "ripu"}), lambda x: logits, None, [images, bought])
+    assert "pseudo" not in off
+
+
+def test_schedules_of_rounds():
+    s = settings.settings_for({"strategy": "cbst"})
+    assert s.epochs == 2 and loop.round_starts(s, [3724, 3786]) == [0, 3724, 7510]  # 2 epochs of 2 images a step
+    assert loop.round_starts(settings.settings_for({"strategy": "cbst", "steps": 10}), [5, 5, 5]) == [0, 3, 6, 10]
+    s = settings.settings_for({"strategy": "ripu", "pseudo": "cbst"})
+    assert queries.pseudo_schedule(s, queries.query_schedule(s)) == [18000, 23500, 29000, 34500]
 
 
 def check_result(out, strategy, result, world):
@@ -285,6 +359,13 @@ def test_regions_due_follow_the_paper_and_never_pass_the_budget():
         ({"budget": 1e-6}, "less than one region"),
         ({"source_free": "x.pt", "init": "none"}, "leave --init out"),
         ({"steps": 3, "query_steps": ""}, "too short for --rounds"),
+        ({"strategy": "cbst", "steps": 1}, "too short for --rounds"),
+        ({"strategy": "cbst", "crop": ""}, "--scale needs --crop"),
+        ({"strategy": "cbst", "crop": "", "scale": "1,1", "source_size": "32x32"}, "give --crop, or equal"),
+        ({"strategy": "cbst", "portion": 1.5}, "--portion is a share"),
+        ({"strategy": "cbst", "scale": "0"}, "--scale is LOW,HIGH"),
+        ({"strategy": "full", "pseudo": "cbst"}, "--pseudo goes with"),
+        ({"pseudo": "cbst", "pseudo_steps": "7,3"}, "--pseudo-steps needs"),
         ({"query_steps": "5,2"}, "growing steps"),
         ({"query_steps": "a,b"}, "is a list like"),
         ({"target_size": "64"}, "WIDTHxHEIGHT"),
