@@ -280,7 +280,8 @@ TOY = {
 }
 _TOY_CBST = {
     "epochs": 0,
-    "lr": 0.005,
+    "steps": 400,
+    "lr": 0.002,
     "rounds": 4,
     "crop": "160x80",
     "test_size": "",

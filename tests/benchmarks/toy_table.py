@@ -2,6 +2,8 @@
 
     python -m tests.benchmarks.toy_table --methods random entropy ripu ripu-pa full --budgets 0.022
     python -m tests.benchmarks.toy_table --methods ripu cbda:dynamic cbda:balance cbda:both --budgets 0.05 0.1 0.2
+    python -m tests.benchmarks.toy_table --methods st cbst cbst-sp ripu ripu+cbst --budgets 0.01
+    python -m tests.benchmarks.toy_table --methods stal:supervised stal:unlabelled stal:random stal --budgets 0.05
 
 For each seed a network is trained on the source once (`source-only`, its score is the first row) and every method starts
 from it. Runs lie in runs/table/; a run that is finished is not run again, one that was interrupted is resumed. `--jobs`
@@ -16,6 +18,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from alda.settings import SELF_TRAINING
 
 SOURCE = ["--steps", "600", "--batch", "4"]
 ADAPT = [
@@ -32,6 +36,12 @@ ADAPT = [
     "--batch-norm",
     "live",
 ]
+STAL = {  # the rows of the paper's Table III; images are drawn at random but for the last
+    "supervised": ["--unlabelled", "0", "--contrast", "0", "--image-queries", "random"],
+    "unlabelled": ["--contrast", "0", "--image-queries", "random"],
+    "random": ["--image-queries", "random"],
+    "": [],
+}
 COMMON = ["--root", "toy", "--precision", "bfloat16", "--threads", "1", "--pictures", "3", "--resume"]
 
 
@@ -48,12 +58,16 @@ def train(folder: Path, options: list[str]) -> dict:
 
 def adapt(root: Path, method: str, budget: float, seed: int, extra: list[str]) -> dict:
     """One method from the seed's source-trained network."""
-    strategy, _, variant = method.partition(":")
+    name, _, variant = method.partition(":")
+    strategy, _, pseudo = name.partition("+")
     start = root / f"source-only-{seed}" / "checkpoints" / "last.pt"
-    options = ["--strategy", strategy, "--init", str(start), "--seed", str(seed), *ADAPT, *extra]
-    options += ["--cbda", variant] if variant else []
-    options += ["--net", "deeplabv3plus", "--budget", str(budget)]
-    return train(root / f"{method.replace(':', '-')}-{budget:g}-{seed}", options)
+    options = ["--strategy", strategy, "--init", str(start), "--batch-norm", "live", "--seed", str(seed)]
+    if strategy in SELF_TRAINING:  # no budget
+        return train(root / f"{strategy}-{seed}", options + extra)
+    options += [*ADAPT, "--net", "deeplabv3plus", "--budget", str(budget)] if strategy != "stal" else STAL[variant]
+    options += ["--cbda", variant] if strategy == "cbda" else []
+    options += ["--pseudo", pseudo] if pseudo else []
+    return train(root / f"{method.replace(':', '-')}-{budget:g}-{seed}", options + extra)
 
 
 def row(name: str, results: list[dict]) -> str:
@@ -94,7 +108,8 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|")
         print(row("source-only", first), flush=True)
         for (method, budget), futures in runs.items():
-            print(row(f"{method} {100 * budget:g} %", [f.result() for f in futures]), flush=True)
+            label = method if method in SELF_TRAINING else f"{method} {100 * budget:g} %"
+            print(row(label, [f.result() for f in futures]), flush=True)
 
 
 if __name__ == "__main__":
