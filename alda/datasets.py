@@ -414,7 +414,7 @@ class TrainingView(Dataset):
 class Mixture(Dataset):
     """Images of several TrainingViews as one list: `entries[k]` is (number of the view, index in its dataset).
 
-    Indexed by the (draw, k) of EndlessSampler; gives image, labels and k.
+    Indexed by the (draw, k) of EndlessSampler; gives image, labels and the index in the image's own dataset.
     """
 
     def __init__(self, views: list[TrainingView], entries: list[tuple[int, int]]):
@@ -426,7 +426,7 @@ class Mixture(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, int]:
         draw, k = key
         view, index = self.entries[k]
-        return (*self.views[view][draw, index], k)
+        return (*self.views[view][draw, index], index)
 
 
 # ------------------------------------------------------------------------------------------------------------- samplers

@@ -400,12 +400,22 @@ def load_checkpoint(model, path, which="model"):
     `which` is "model" or "teacher", for layouts that hold both. Names may carry "module.". Only tensors and plain
     values are unpickled (weights_only=True, and NumPy scalars, which official files hold as scores). Strict: raises
     InputError that lists the missing, unexpected and mis-shaped names, and changes nothing, when the file does not
-    fit; only `num_batches_tracked` may be missing or too many, so files pass between frozen and live batch norm.
+    fit; only `num_batches_tracked` may be missing or too many, so files pass between frozen and live batch norm. A
+    representation or auxiliary head of which the file holds nothing stays as it is, and a line says so.
     Weights trained with live batch norm (epsilon 1e-5) change their function slightly under frozen (no epsilon).
     """
     if which not in ("model", "teacher"):
         raise InputError(f"which is 'model' or 'teacher', not {which!r}")
     layout, state = _state_of(read(path), which, path)
+    own = model.state_dict()
+    for head in ("representation.", "auxiliary."):
+        if (
+            layout == "alda"
+            and any(name.startswith(head) for name in own)
+            and not any(n.startswith(head) for n in state)
+        ):
+            print(f"{path} holds no {head[:-1]} head: it starts from random weights", flush=True)
+            state |= {name: tensor for name, tensor in own.items() if name.startswith(head)}
     _fill(model, state, "backbone." if layout == "torchvision" else "", f"{path} ({layout} layout)")
     return layout
 

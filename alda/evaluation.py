@@ -33,6 +33,7 @@ from alda.datasets import (
     to_label_ids,
 )
 from alda.errors import InputError
+from alda.processes import add_up, rank_and_number
 
 # -------------------------------------------------------------------------------------------------------------- measure
 
@@ -164,15 +165,19 @@ def _starts(length: int, window: int, stride: float) -> list[int]:
 
 
 def evaluate(model, dataset: SegmentationDataset, protocol: Protocol, device) -> dict:
-    """Scores `model` on every image of `dataset` under `protocol`: a `summary` with "protocol" and "images" added."""
+    """Scores `model` on every image of `dataset` under `protocol`: a `summary` with "protocol" and "images" added.
+
+    Under torchrun a collective: each process scores its share of the images, all get the result.
+    """
     training = model.training
     model.eval()
     matrix = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64, device=device)
-    for index in range(len(dataset)):
+    rank, world = rank_and_number()
+    for index in range(rank, len(dataset), world):
         prediction = predict_prob(model, dataset.image(index), protocol, device).argmax(0)
         matrix += confusion_matrix(prediction, dataset.labels(index).to(device))
     model.train(training)
-    return {**summary(matrix), "protocol": str(protocol), "images": len(dataset)}
+    return {**summary(add_up(matrix)), "protocol": str(protocol), "images": len(dataset)}
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -348,17 +353,20 @@ def compare(args: argparse.Namespace) -> int:
 # --------------------------------------------------------------------------------------------------------- command line
 
 
-def load_run(path: str | Path, device, which: str = "model", network: dict | None = None):
+def load_run(path: str | Path, device, which: str | None = None, network: dict | None = None):
     """A trained network in eval mode, from a run's folder, its checkpoints/last.pt, or an official checkpoint.
 
     Our own files say how their network is built; for others `network` holds the arguments of `deeplab.build` (default:
-    RIPU's DeepLabV2 on ResNet-101 with frozen batch norm). `which` is "model" or "teacher". Raises InputError.
+    RIPU's DeepLabV2 on ResNet-101 with frozen batch norm). `which` is "model" or "teacher"; by default the teacher of our
+    own files that hold one, as in their run's report, else the model. Raises InputError.
     """
     path = Path(path)
     file = path / "checkpoints" / "last.pt" if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"{file}: no checkpoint there; give a run's folder or a checkpoint file")
-    own = deeplab.read(file).get("network")
+    content = deeplab.read(file)
+    own = content.get("network")
+    which = which or ("teacher" if own and "teacher" in content else "model")
     return deeplab.build(**(own or network or {"net": "deeplabv2"}), init=str(file), which=which).to(device).eval()
 
 
@@ -400,7 +408,9 @@ def main(argv: list[str] | None = None) -> int:
         sub.add_argument("--protocol", choices=list(PROTOCOLS), help="[the run's, else ripu]")
         sub.add_argument("--size", help="WxH: test size for the protocols ripu [the run's, else 1280x640] and whole")
         sub.add_argument("--window", type=int, help="another window for the protocol sliding [769]")
-        sub.add_argument("--which", default="model", choices=["model", "teacher"], help="[model]")
+        sub.add_argument(
+            "--which", choices=["model", "teacher"], help="[the teacher where a run of stal has one, else model]"
+        )
         sub.add_argument(
             "--net", default="deeplabv2", help="network of an official checkpoint (our own files say theirs)"
         )
@@ -440,7 +450,11 @@ def _command(args: argparse.Namespace) -> int:
         number = write_predictions(model, dataset, protocol, device, args.to)
         print(f"{number} predictions (Cityscapes label ids) in {args.to}")
         return 0
-    result = {**evaluate(model, dataset, protocol, device), "checkpoint": str(args.checkpoint), "which": args.which}
+    result = {
+        **evaluate(model, dataset, protocol, device),
+        "checkpoint": str(args.checkpoint),
+        "which": args.which or "as reported",
+    }
     print(describe(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))

@@ -9,6 +9,7 @@ CBST, CBST-SP, ST: Zou et al., ECCV 2018, arXiv 1810.07911.
 """
 
 import json
+import os
 import sys
 import time
 from bisect import bisect_right
@@ -25,9 +26,11 @@ from alda.datasets import IGNORE, PSEUDO, TrainingView, mix_seed, open_dataset
 from alda.errors import InputError
 from alda.evaluation import describe, evaluate, pick_device
 from alda.losses import cross_entropy, local_consistency, negative_learning
+from alda.processes import join, rank_and_number, wait
 from alda.pseudolabels import label_target, pseudo_labels, source_prior
 from alda.queries import (
     ask,
+    ask_images,
     budget_pixels,
     labels_and_pseudo,
     labels_known,
@@ -35,9 +38,10 @@ from alda.queries import (
     query_schedule,
     regions_due,
 )
-from alda.run import Run, batches, mixed_batches, next_batch, prepare, processes, transform_of
-from alda.selftraining import cbst_learning_rate, mine_patch, rare_classes, source_portion
+from alda.run import Run, batches, mixed_batches, next_batch, prepare, run_folder, transform_of
+from alda.selftraining import cbst_learning_rate, mine_patch, rare_classes, source_portion, update_teacher
 from alda.settings import SELF_TRAINING, Settings, parse, protocol_of, settings_for
+from alda.stal import Stal
 
 
 def poly(step: int, steps: int, power: float = 0.9) -> float:
@@ -122,9 +126,8 @@ def all_there(rounds: Rounds, schedule: list[int], start: int) -> None:
 def report(s: Settings, source, target, rounds: Rounds, source_images: int | None = None) -> dict:
     """What result.json says beside the scores: the ledger, its share of all target pixels, steps, images trained on."""
     budget = ledger(records_of(rounds))
-    pixels = sum(height * width for height, width in (x.size for x in target.samples)) if target else 0
     return {
-        "budget": {**budget, "share": budget["asked"] / pixels if pixels else 0.0},
+        "budget": {**budget, "share": budget["asked"] / pixels_of(target) if target else 0.0},
         "steps": s.steps,
         "source_images": source_images if source_images is not None else len(source) if source else 0,
         "target_images": len(target) if target else 0,
@@ -243,7 +246,7 @@ def round_starts(s: Settings, images: list[int]) -> list[int]:
         if s.steps < len(images):
             raise InputError(f"--steps {s.steps} is too short for --rounds {len(images)}")
         return [s.steps * number // len(images) for number in range(len(images) + 1)]
-    a_step = s.batch * processes()[1]
+    a_step = s.batch * rank_and_number()[1]
     return [0, *np.cumsum([-(-s.epochs * n // a_step) for n in images]).tolist()]
 
 
@@ -264,6 +267,113 @@ def train_source(s: Settings, out: Path, device: torch.device) -> Settings:
     return replace(s, init=str(last), batch_norm=batch_norm)
 
 
+# ------------------------------------------------------------------------------- self-training with whole-image queries: STAL
+
+
+def adapt_in_loops(s: Settings, out: Path, device: torch.device) -> dict:
+    """STAL (ILM-ASSL): mean-teacher self-training, in loops that each begin by asking for whole images.
+
+    Loop 1 asks for random images spread over the groups, later loops for the most uncertain ones of the teacher. A loop goes on
+    from the last teacher, or with --restart from --init. Of the paper's text this was not at hand; the official
+    configurations start each of their three trainings from ImageNet weights. Student and teacher are scored, the teacher
+    is reported. Runs on one device or, started by torchrun, on several (SyncBatchNorm on GPUs).
+    """
+    source, target = open_dataset(s.src, s.root), open_dataset(s.tgt, s.root, "train")
+    validation = open_dataset(s.tgt, s.root, "val")
+    counts = images_due(s, len(target))
+    order = np.random.default_rng(mix_seed(s.seed, 8)).permutation(len(source))
+    source.samples = [source.samples[i] for i in sorted(order[: s.source_images or len(source)])]
+    starts = round_starts(s, [2 * len(source)] * s.rounds)  # an epoch: the source, and as many repeated target images
+    s = replace(s, steps=starts[-1])
+    rounds = Rounds(out / "rounds")
+    run = Run(s, out, device)
+    system = Stal(s, run, source, target)
+    start = run.resume()
+    all_there(rounds, starts[:-1], start)
+
+    for step in range(start, s.steps):
+        number = bisect_right(starts, step)  # the loop, from 1
+        local, length = step - starts[number - 1], starts[number] - starts[number - 1]
+        if local == 0:
+            if rounds.complete() < number:
+                ask_images(s, run, system.teacher, target, rounds, number, counts[number - 1])
+            if number > 1:
+                system.begin_loop()
+        if step == start or local == 0:
+            labelled, unlabelled = loop_batches(s, source, target, rounds, number, local)
+
+        run.set_rate(poly(local, length))
+        others, generator = system.partners.next(step), system.generator(step)
+        batch = [*next_batch(labelled, device)[:2], *(next_batch(unlabelled, device) if system.unlabelled else ())]
+        losses, health = system.losses(batch, others, generator, local / length)
+        run.descend(losses, {"supervised": 1.0, "unlabelled": s.unlabelled, "contrastive": s.contrast}, health)
+        update_teacher(system.teacher, run.model, local, s.ema)
+        system.partners.draw(system.confidence.value, system.images, generator)
+        run.log(step + 1, system.state)
+        if step + 1 == starts[number]:
+            scores = system.evaluate(validation, protocol_of(s))
+            asked = ledger(records_of(rounds))
+            labelled_so_far = {"asked_images": asked["images"], "share": asked["asked"] / pixels_of(target)}
+            run.write_metrics({"step": step + 1, "loop": number, **labelled_so_far, **scores})
+        if (step + 1) % s.checkpoint_every == 0 or step + 1 == starts[number]:
+            run.save(step + 1)
+
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] if run.rank == 0 else []
+    loops = [line for line in lines if "loop" in line]
+    keys = ("loop", "asked_images", "share", "mIoU19")
+    return {
+        **{
+            key: value for line in loops for key, value in line.items() if key not in ("step", *keys[:3])
+        },  # the last one's
+        **report(s, source, target, rounds),
+        "loops": [{**{k: line[k] for k in keys}, "student mIoU19": line["student"]["mIoU19"]} for line in loops],
+    }
+
+
+def pixels_of(dataset) -> int:
+    """The pixels of all images of a dataset."""
+    return sum(height * width for height, width in (sample.size for sample in dataset.samples))
+
+
+def images_due(s: Settings, images: int) -> list[int]:
+    """How many whole images each loop asks: 20 %, 44 % and 100 % of --budget in three loops, as STAL's 1, 2.2 and 5 %.
+
+    Other numbers of loops share the budget equally. Raises InputError where a loop would ask for none or none would be left.
+    """
+    shares = [0.2, 0.44, 1.0] if s.rounds == 3 else [(n + 1) / s.rounds for n in range(s.rounds)]
+    ends = [max(1, round(s.budget * share * images)) for share in shares]
+    counts = [end - before for end, before in zip(ends, [0, *ends], strict=False)]
+    if min(counts) < 1 or ends[-1] >= images:
+        raise InputError(
+            f"--budget {s.budget} of {images} target images in {s.rounds} loops asks {counts} images: every loop needs one or "
+            "more, and some must stay unlabelled"
+        )
+    return counts
+
+
+def loop_batches(s: Settings, source, target, rounds: Rounds, number: int, step: int):
+    """(labelled, unlabelled) batches of loop `number` from its step `step` on.
+
+    Labelled: all source images and the asked target images, these repeated to about as many as the source has. Unlabelled:
+    the other target images, whose true labels come along for the log's accuracy and are used for nothing else.
+    """
+    asked = {image for earlier in range(1, number + 1) for image in rounds.record(earlier)["images"]}
+    known = [i for i, sample in enumerate(target.samples) if sample.id in asked]
+    unknown = [i for i, sample in enumerate(target.samples) if sample.id not in asked]
+    views = [
+        TrainingView(source, transform_of(s, 1), mix_seed(s.seed, 21, number)),
+        TrainingView(
+            target, transform_of(s, 2), mix_seed(s.seed, 22, number), partial(labels_known, target, rounds, upto=number)
+        ),
+        TrainingView(target, transform_of(s, 2), mix_seed(s.seed, 23, number)),
+    ]
+    repeats = max(1, round(len(source) / len(known)))
+    labelled = [(0, i) for i in range(len(source))] + [(1, i) for i in known] * repeats
+    first = mixed_batches(s, views, labelled, step, mix_seed(s.seed, 24, number))
+    second = mixed_batches(s, views, [(2, i) for i in unknown], step, mix_seed(s.seed, 25, number))
+    return first, second
+
+
 # --------------------------------------------------------------------------------------------------------- command line
 
 
@@ -272,28 +382,49 @@ def main(argv: list[str] | None = None) -> int:
     out = None
     try:
         s = parse(argv)
-        device = pick_device(s.device)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and s.strategy != "stal":
+            raise InputError(f"--strategy {s.strategy} runs in one process: start it without torchrun")
+        device = join(pick_device(s.device))
         if s.threads:
             torch.set_num_threads(s.threads)
-        if s.root == "toy":
-            toy.ensure("toy")
-        out = prepare(s)
-        began, mark = time.time(), "TOY " if s.root == "toy" else ""
-        print(f"{mark}{s.strategy}: {s.src} -> {s.tgt}, {s.steps} steps on {device}, run folder {out}", flush=True)
-        adapt = adapt_by_self_training if s.strategy in SELF_TRAINING else adapt_by_queries
-        result = {"strategy": s.strategy, "toy": s.root == "toy", **adapt(s, out, device)}
-        result["wall_s"] = time.time() - began
-        (out / "result.json").write_text(json.dumps(result, indent=1))
-        print(f"{mark}{s.strategy}, last checkpoint, {result['images']} validation images\n{describe(result)}")
+        if rank_and_number()[0] == 0:
+            if s.root == "toy":
+                toy.ensure("toy")
+            out = prepare(s)
+        wait()
+        run_strategy(s, out or run_folder(s), device)
         return 0
     except (InputError, FloatingPointError, OSError) as error:
-        if out is not None and not any(
-            (out / part).exists() for part in ("checkpoints", "rounds", "source", "metrics.jsonl")
-        ):
+        traces = ("checkpoints", "rounds", "pseudo", "source", "metrics.jsonl")
+        if out is not None and not any((out / part).exists() for part in traces):
             (out / "config.json").unlink(missing_ok=True)  # nothing was run: the folder stays free for the next try
         text = str(error).strip().splitlines()[-1]  # from a loading process the message comes below its traceback
         print(f"error: {text.removeprefix('alda.errors.InputError: ')}", file=sys.stderr)
         return 2
+
+
+def run_strategy(s: Settings, out: Path, device: torch.device) -> None:
+    """Runs the strategy's loop; the first process writes result.json and prints the scores."""
+    rank, world = rank_and_number()
+    began, mark = time.time(), "TOY " if s.root == "toy" else ""
+    if rank == 0:
+        length = f"{s.epochs} epochs a round" if s.epochs else f"{s.steps} steps"
+        where = f"{device}" if world == 1 else f"{world} processes ({device.type})"
+        print(f"{mark}{s.strategy}: {s.src} -> {s.tgt}, {length} on {where}, run folder {out}", flush=True)
+    if world > 1 and device.type == "cpu" and rank == 0:
+        print("batch norm is not synchronised on CPUs: each process normalises its own images", flush=True)
+    families = {"stal": adapt_in_loops, **dict.fromkeys(SELF_TRAINING, adapt_by_self_training)}
+    result = {
+        "strategy": s.strategy,
+        "toy": s.root == "toy",
+        **families.get(s.strategy, adapt_by_queries)(s, out, device),
+    }
+    if rank == 0:
+        result["wall_s"] = time.time() - began
+        (out / "result.json").write_text(json.dumps(result, indent=1))
+        teacher = ", teacher" if "student" in result else ""
+        print(f"{mark}{s.strategy}, last checkpoint{teacher}, {result['images']} validation images\n{describe(result)}")
+    wait()
 
 
 if __name__ == "__main__":

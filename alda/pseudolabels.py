@@ -15,6 +15,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import Subset
 
 from alda import deeplab
 from alda.annotation import Rounds, read_map, write_map
@@ -134,13 +135,19 @@ def pseudo_labels(rounds: Rounds, number: int, sample) -> torch.Tensor:
 
 
 @torch.no_grad()
-def probabilities(s: Settings, run: Run, target: SegmentationDataset):
-    """Yields (index, image (3,H,W) uint8, softmax probabilities (C,H,W) float32 at the image's full size), in eval mode."""
-    run.model.eval()
-    for index, image in enumerate(load(ImagesOnly(target), s.workers, batch_size=None)):
+def probabilities(s: Settings, run: Run, target: SegmentationDataset, model=None, indices=None):
+    """Yields (index, image (3,H,W) uint8, softmax probabilities (C,H,W) float32 at the image's full size), in eval mode.
+
+    `model` is the run's unless given (a teacher), `indices` all images unless given.
+    """
+    model, indices = model or run.model, range(len(target)) if indices is None else indices
+    training = model.training
+    model.eval()
+    images = load(Subset(ImagesOnly(target), indices), s.workers, batch_size=None)
+    for index, image in zip(indices, images, strict=True):
         x = normalise(resize_image(image, parse_size(s.target_size)).to(run.device))[None]
         with run.autocast():
-            logits = run.model(x)
+            logits = model(x)
         # float32: in bfloat16 a sure pixel saturates at 1, where the paper's strict rule labels nothing
         prob = deeplab.upsample(logits.float(), target.samples[index].size).softmax(1)[0]
         if not prob.isfinite().all():
@@ -148,7 +155,7 @@ def probabilities(s: Settings, run: Run, target: SegmentationDataset):
                 f"{target.samples[index].image}: the network's output is not finite; try a lower --lr"
             )
         yield index, image, prob
-    run.model.train()
+    model.train(training)
 
 
 def source_prior(s: Settings, source: SegmentationDataset, device) -> torch.Tensor:

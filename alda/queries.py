@@ -28,7 +28,8 @@ from alda.datasets import (
 )
 from alda.errors import InputError
 from alda.evaluation import class_picture, parse_size
-from alda.pseudolabels import pseudo_labels
+from alda.processes import add_up, rank_and_number, share_buffers, wait
+from alda.pseudolabels import probabilities, pseudo_labels
 from alda.run import Run, save_picture
 from alda.settings import Settings
 
@@ -174,6 +175,61 @@ def choose(s: Settings, run: Run, target: SegmentationDataset, rounds: Rounds, n
         centres = [picks.get(index, torch.empty(0, 2, dtype=torch.int64)) for index in range(len(target))]
         notes["threshold"] = pool.threshold
     return centres, shown, notes
+
+
+def ask_images(
+    s: Settings, run: Run, teacher, target: SegmentationDataset, rounds: Rounds, number: int, count: int
+) -> None:
+    """STAL's query: `count` whole images, the most uncertain of each group (Eq. (8)); stores them as round `number`.
+
+    The groups (cities, conditions) are asked in proportion to their remaining images, see acquisition.split_by_group. The
+    first round, and all with --image-queries random, take random images of each group. The uncertainty is the
+    teacher's, at the images' full size. Under torchrun each process scores its share of the images.
+    """
+    began = time.time()
+    rank, world = rank_and_number()
+    taken = {image for earlier in range(1, number) for image in rounds.record(earlier)["images"]}
+    left = [index for index, sample in enumerate(target.samples) if sample.id not in taken]
+    score = torch.zeros(len(target), dtype=torch.float64)
+    shown = {}
+    if number > 1 and s.image_queries == "uncertainty":
+        share_buffers(teacher)
+        for index, image, prob in probabilities(s, run, target, teacher, left[rank::world]):
+            score[index] = acquisition.image_uncertainty(prob)
+            panels = {
+                "image": image,
+                "prediction": prob.argmax(0).to(torch.uint8),
+                "uncertainty": acquisition.pixel_entropy(prob),
+            }
+            shown[index] = {name: panel.cpu() for name, panel in panels.items()}
+            if len(shown) > s.pictures:  # only the most uncertain ones are drawn
+                del shown[min(shown, key=lambda i: score[i].item())]
+        score = add_up(score.to(run.device)).cpu()
+    else:
+        score[left] = torch.from_numpy(np.random.default_rng(mix_seed(s.seed, 3, number)).random(len(left)))
+    if rank == 0:
+        groups: dict[str, list[int]] = {}
+        for index in left:
+            groups.setdefault(target.samples[index].group, []).append(index)
+        quotas = acquisition.split_by_group({g: len(members) for g, members in groups.items()}, count)
+        chosen = [i for g, members in groups.items() for i in sorted(members, key=lambda i: -score[i])[: quotas[g]]]
+        size = parse_size(s.target_size)
+        with rounds.new(number) as new:
+            for index in chosen:
+                sample = target.samples[index]
+                everything = torch.ones(sample.size, dtype=torch.bool)
+                new.add(sample.id, everything, ground_truth(target, index), 1, size, s.keep_labels)
+                if index in shown:
+                    panels = {**shown[index], "answers": target.labels(index)}
+                    save_picture(panels, sample.size, run.out / "pictures" / f"round-{number:02d}" / f"{sample.id}.png")
+            new.notes = {"quotas": quotas, "scores": {target.samples[i].id: score[i].item() for i in chosen}}
+        record = rounds.record(number)
+        print(
+            f"round {number}/{s.rounds}: asked {len(record['images'])} whole images ({record['asked']:,} px) of {len(left)} "
+            f"left, labelled {record['labelled']:,} px ({time.time() - began:.0f} s)",
+            flush=True,
+        )
+    wait()
 
 
 def pseudo_schedule(s: Settings, queries: list[int]) -> list[int]:

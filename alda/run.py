@@ -35,6 +35,7 @@ from alda.datasets import (
 )
 from alda.errors import InputError
 from alda.evaluation import parse_size, picture
+from alda.processes import rank_and_number
 from alda.settings import parse_scale
 
 # settings that may differ between a run and its resumption: where it runs and what it shows, not what it computes
@@ -71,11 +72,11 @@ def transform_of(s, stream: int, crop_at=None) -> JointTransform:
 
 
 def mixed_batches(s, views: list[TrainingView], entries: list[tuple[int, int]], step: int, seed: int):
-    """An endless iterator of [images, labels, entry numbers (N,) int64] of several views, shuffled, from step `step` on.
+    """An endless iterator of [images, labels, dataset indices (N,) int64] of several views, shuffled, from step `step` on.
 
     Under torchrun each process gets its own part of every step. The views must give images of one size.
     """
-    rank, world = processes()
+    rank, world = rank_and_number()
     sampler = EndlessSampler(len(entries), seed, rank, world)
     sampler.load_state_dict({"position": step * s.batch * world})
     mixture = Mixture(views, entries)
@@ -85,13 +86,6 @@ def mixed_batches(s, views: list[TrainingView], entries: list[tuple[int, int]], 
 def next_batch(iterator, device):
     """The next [images, labels] on the device, or None where there is no iterator (source-only, source-free)."""
     return None if iterator is None else [x.to(device, non_blocking=True) for x in next(iterator)]
-
-
-def processes() -> tuple[int, int]:
-    """(rank, number) of the processes that train together; (0, 1) without torchrun."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
 
 
 def save_picture(panels: dict, size: tuple[int, int], path: Path) -> None:
@@ -106,16 +100,28 @@ class Run:
 
     def __init__(self, s, out: Path, device: torch.device):
         self.s, self.out, self.device = s, out, device
-        batch_norm = ("live" if s.init == "none" else "frozen") if s.batch_norm == "auto" else s.batch_norm
-        self.network = {"net": s.net, "backbone": s.backbone, "batch_norm": batch_norm}
-        torch.manual_seed(mix_seed(s.seed, 0))
-        self.model = deeplab.build(**self.network, init=s.init).to(device).train()
+        self.rank, world = rank_and_number()
+        self.network = network_of(s)
+        self.model = self.fresh_model()
+        self.forward: torch.nn.Module = self.model  # what training calls; under torchrun it averages the gradients
+        if world > 1:
+            if device.type == "cuda":
+                self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            ids = [device.index] if device.type == "cuda" else None
+            self.forward = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+            torch.manual_seed(mix_seed(s.seed, 0, self.rank))  # every process has its own dropout
         self.optimizer = torch.optim.SGD(
             deeplab.parameter_groups(self.model, s.lr), lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay
         )
+        self.parts: dict = {}  # name: what else a checkpoint holds, anything with state_dict and load_state_dict
         self.history: list[torch.Tensor] = []  # the losses of the steps since the last progress line, on the device
         self.names: list[str] = []
         self.clock = None
+
+    def fresh_model(self) -> torch.nn.Module:
+        """The network with the weights of --init, in train mode, the same in every process."""
+        torch.manual_seed(mix_seed(self.s.seed, 0))
+        return deeplab.build(**self.network, init=self.s.init).to(self.device).train()
 
     def autocast(self):
         """The context of forward passes: bfloat16 under --precision bfloat16, else nothing."""
@@ -125,17 +131,24 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.s.lr * group["factor"] * factor
 
-    def descend(self, losses: dict[str, torch.Tensor], weights: dict[str, float]) -> None:
-        """One optimizer step on the weighted sum. Nothing is read from the device: see `log`."""
+    def descend(self, losses: dict[str, torch.Tensor], weights: dict[str, float], health: dict | None = None) -> None:
+        """One optimizer step on the weighted sum. Nothing is read from the device: see `log`.
+
+        `health` holds further 0-dim numbers of the step that are averaged and logged like losses.
+        """
         total = sum(weights[name] * value for name, value in losses.items())
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         self.optimizer.step()
-        self.names = list(losses)
-        self.history.append(torch.stack([*losses.values()]).detach())
+        shown = {**losses, **(health or {})}
+        self.names = list(shown)
+        self.history.append(torch.stack([*shown.values()]).detach())
 
-    def log(self, step: int) -> None:
-        """At every log step: reads the losses since the last one, stops if any is not finite, prints and writes a line."""
+    def log(self, step: int, more=dict) -> None:
+        """At every log step: reads the losses since the last one, stops if any is not finite, prints and writes a line.
+
+        `more()` gives further entries of the line in metrics.jsonl; it is called at log steps only.
+        """
         s = self.s
         if self.clock is None:
             self.clock = (step - 1, time.time())
@@ -153,9 +166,12 @@ class Run:
             "losses": means,
             "steps_per_s": rate,
             "memory_GB": memory,
+            **more(),
         }
         self.write_metrics(line)
         text = " ".join(f"{name} {value:.4f}" for name, value in means.items())
+        if self.rank:
+            return
         print(
             f"step {step}/{s.steps} | {text} | {rate:.2f} step/s, ETA {int(eta // 60)}:{int(eta % 60):02d}, peak {memory:.2f} GB",
             flush=True,
@@ -172,12 +188,16 @@ class Run:
         return values
 
     def write_metrics(self, line: dict) -> None:
+        if self.rank:
+            return
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def save(self, step: int) -> None:
         """Writes checkpoints/last.pt: everything that the rest of the run depends on. Under a temporary name, then renamed."""
         self.finite_losses(step)  # a network that is lost is never saved, and never asks an annotator
+        if self.rank:
+            return
         state = {
             "network": self.network,
             "step": step,  # the samplers' positions and the rounds to be read follow from it
@@ -187,6 +207,7 @@ class Run:
             "names": self.names,
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            **{name: part.state_dict() for name, part in self.parts.items()},
         }
         path = self.out / "checkpoints" / "last.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,15 +226,31 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history, self.names = [row.to(self.device) for row in state["history"]], state["names"]
-        torch.set_rng_state(state["random"])
-        if self.device.type == "cuda" and state["random_cuda"]:
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        if self.rank == 0:
+            torch.set_rng_state(state["random"])
+        if self.rank == 0 and self.device.type == "cuda" and state["random_cuda"]:
             torch.cuda.set_rng_state_all(state["random_cuda"])
+        if self.rank:
+            return state["step"]
         metrics = self.out / "metrics.jsonl"
         if metrics.is_file():  # lines written after the checkpoint will be written again
             whole = [line for line in metrics.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last
             metrics.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= state["step"]))
         print(f"resumed from step {state['step']}", flush=True)
         return state["step"]
+
+
+def network_of(s) -> dict:
+    """The arguments of deeplab.build that the settings ask for; a checkpoint keeps them."""
+    batch_norm = ("live" if s.init == "none" else "frozen") if s.batch_norm == "auto" else s.batch_norm
+    network = {"net": s.net, "backbone": s.backbone, "batch_norm": batch_norm}
+    if s.net == "deeplabv3plus" and s.head == "stal":
+        network |= {"aspp": "dense", "multi_grid": (2, 2, 4)}
+    if s.strategy == "stal":
+        network |= {"representation": 256 if s.contrast else 0, "auxiliary": s.auxiliary > 0}
+    return network
 
 
 def memory_in_use(device: torch.device) -> float:
@@ -232,9 +269,14 @@ def code_version() -> str | None:
         return None
 
 
+def run_folder(s) -> Path:
+    """--out, or its default."""
+    return Path(s.out or f"runs/{s.strategy}-{s.src}-{s.tgt}-{s.seed}")
+
+
 def prepare(s) -> Path:
     """Makes the run's folder and its config.json; refuses to mix two runs, or a resumed run with other settings."""
-    out = Path(s.out or f"runs/{s.strategy}-{s.src}-{s.tgt}-{s.seed}")
+    out = run_folder(s)
     config = out / "config.json"
     if config.is_file():
         if not s.resume:

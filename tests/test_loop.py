@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +42,22 @@ def arguments(world, out, **changes):
     given = {"root": str(world), "out": str(out), **SMALL, **changes}
     if given["strategy"] in ("source-only", "full", "stal", *settings.SELF_TRAINING):
         given.pop("query_steps")
+    if given["strategy"] == "stal":
+        given = {
+            "head": "ripu",
+            "crop": "48x24",
+            "budget": 0.5,
+            "ohem_pixels": 300,
+            "bank": 40,
+            "protocol": "ripu",
+            **given,
+        }
     if given["strategy"] in settings.SELF_TRAINING:
         given = {"crop": "48x24", "test_size": "64x32", "source_steps": 2, "source_portion": 0.3, **given}
     words = []
     for name, value in given.items():
         name = "--" + name.replace("_", "-")
-        words += [name] if value is True else [name, str(value)]
+        words += [name] if value is True else ["--no-" + name[2:]] if value is False else [name, str(value)]
     return words
 
 
@@ -170,6 +183,113 @@ def check_pseudo_labels(out, result, world):
     files = {p.stem for p in (out / "pseudo").rglob("labels/*.png")}
     assert files == {s.id for s in target.samples} and not files & validation
     assert list((out / "pictures/pseudo-02").glob("*.png"))
+
+
+STAL_OFF = {
+    "copy_paste": False,
+    "cutmix": False,
+    "class_keep": False,
+    "auxiliary": 0,
+    "contrast": 0,
+    "ohem_threshold": 1,
+}
+STAL_SWITCHES = {
+    "default": {},
+    "restart, code": {"restart": True, "rules": "code", "net": "deeplabv3plus", "head": "stal"},
+    "random": {"image_queries": "random", **STAL_OFF},
+    "supervised": {"unlabelled": 0, **STAL_OFF},
+}
+
+
+@pytest.mark.parametrize("switches", STAL_SWITCHES)
+def test_stal_interrupted_and_resumed(switches, tiny_world, tmp_path, interrupt, monkeypatch):
+    options = {"strategy": "stal", **STAL_SWITCHES[switches]}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert loop.main(arguments(tiny_world, whole, **options)) == 0
+    resume = {}
+    # between two checkpoints of the first loop, in the second query, between two checkpoints of the second loop
+    for name, calls in (("update_teacher", 3), ("ask_images", 0), ("update_teacher", 3)):
+        interrupt(name, calls)
+        with pytest.raises(KeyboardInterrupt):
+            loop.main(arguments(tiny_world, parts, **options, **resume))
+        monkeypatch.undo()
+        resume = {"resume": True}
+    assert loop.main(arguments(tiny_world, parts, **options, **resume)) == 0
+    assert_same_bits(state_of(whole), state_of(parts))
+    assert round_files(whole) == round_files(parts) and metric_lines(whole) == metric_lines(parts)
+    result, again = (json.loads((out / "result.json").read_text()) | {"wall_s": 0} for out in (whole, parts))
+    assert result == again
+    check_loops(whole, result, switches, tiny_world)
+
+
+def check_loops(out, result, switches, world):
+    """Whole images, none twice, spread over the groups; losses and health of the log; teacher and student both scored."""
+    target, rounds = open_dataset("cityscapes", world, "train"), Rounds(out / "rounds")
+    first, second = (set(rounds.record(n)["images"]) for n in (1, 2))
+    assert len(first) == 2 and len(second) == 1 and not first & second
+    assert len({s.group for s in target.samples if s.id in first}) == 2
+    for sample in target.samples:
+        assert rounds.asked(sample.id, sample.size).all() == (sample.id in first | second)
+    assert result["budget"]["asked"] == sum(math.prod(s.size) for s in target.samples if s.id in first | second)
+    assert result["budget"]["images"] == 3 and [x["asked_images"] for x in result["loops"]] == [2, 3]
+    assert result["loops"][1]["mIoU19"] == result["mIoU19"] and result["student"]["images"] == 3
+    state = state_of(out)
+    assert not torch.equal(state["teacher"]["backbone.conv1.weight"], state["model"]["backbone.conv1.weight"])
+    assert evaluation.main(["score", str(out), "--json", str(out / "again.json")]) == 0  # the teacher, as reported
+    assert json.loads((out / "again.json").read_text())["IoU"] == result["IoU"]
+    losses = metric_lines(out)[-2]["losses"]
+    expected = {"supervised", "unlabelled", "contrastive", "kept", "accuracy"}
+    expected -= {"contrastive"} if switches in ("random", "supervised") else set()
+    expected -= {"unlabelled", "kept", "accuracy"} if switches == "supervised" else set()
+    assert set(losses) == expected and len(metric_lines(out)[0]["confidence"]) == 19
+    assert ("bank" in metric_lines(out)[0]) == ("contrastive" in expected)
+
+
+def test_stal_asks_for_the_most_uncertain_images_of_each_group(tiny_world, tmp_path, monkeypatch):
+    """With made-up scores: in the second loop the quota of a group goes to its highest scores."""
+    scores = iter([0.3, 0.9, 0.1, 0.8])
+    monkeypatch.setattr(queries.acquisition, "image_uncertainty", lambda prob: torch.tensor(next(scores)))
+    assert loop.main(arguments(tiny_world, tmp_path, strategy="stal", steps=4)) == 0
+    target, rounds = open_dataset("cityscapes", tiny_world, "train"), Rounds(tmp_path / "rounds")
+    first, second = rounds.record(1)["images"], rounds.record(2)
+    left = [s for s in target.samples if s.id not in first]
+    sizes = {g: sum(s.group == g for s in left) for g in dict.fromkeys(s.group for s in left)}
+    (group,) = [g for g, quota in queries.acquisition.split_by_group(sizes, 1).items() if quota]
+    given = {s.id: v for s, v in zip(left, [0.3, 0.9, 0.1, 0.8], strict=True) if s.group == group}
+    assert list(second["images"]) == [max(given, key=given.get)]
+    assert second["scores"] == pytest.approx({max(given, key=given.get): max(given.values())})
+
+
+def test_images_due_are_the_published_ones():
+    s = settings.settings_for({"strategy": "stal"})
+    assert loop.images_due(s, 2975) == [30, 35, 84]  # the paper: 30, 65, 150 in all; 5 % of 2,975 is 148.75
+    with pytest.raises(InputError, match="every loop needs one"):
+        loop.images_due(s, 20)
+
+
+def test_stal_on_two_processes(tiny_world, tmp_path):
+    """torchrun on a CPU: one run folder, rounds as of one process, and the student's gradients are averaged."""
+    words = arguments(tiny_world, tmp_path / "out", strategy="stal", steps=4, net="deeplabv3plus", threads=1)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29611",
+        "-m",
+        "alda.loop",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *words], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("last checkpoint, teacher") == 1 and "2 processes (cpu)" in done.stdout
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert result["budget"]["images"] == 3 and result["images"] == 3
+    words[words.index("stal")] = "source-only"
+    refused = subprocess.run([*command, *words], capture_output=True, text=True, env=environment, timeout=300)
+    assert refused.returncode != 0 and "start it without torchrun" in refused.stderr
 
 
 def test_pseudo_labels_are_a_loss_of_their_own():

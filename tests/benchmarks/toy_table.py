@@ -64,7 +64,11 @@ def adapt(root: Path, method: str, budget: float, seed: int, extra: list[str]) -
     options = ["--strategy", strategy, "--init", str(start), "--batch-norm", "live", "--seed", str(seed)]
     if strategy in SELF_TRAINING:  # no budget
         return train(root / f"{strategy}-{seed}", options + extra)
-    options += [*ADAPT, "--net", "deeplabv3plus", "--budget", str(budget)] if strategy != "stal" else STAL[variant]
+    options += (
+        [*ADAPT, "--net", "deeplabv3plus", "--budget", str(budget)]
+        if strategy != "stal"
+        else ["--lr", "0.005", *STAL[variant]]
+    )
     options += ["--cbda", variant] if strategy == "cbda" else []
     options += ["--pseudo", pseudo] if pseudo else []
     return train(root / f"{method.replace(':', '-')}-{budget:g}-{seed}", options + extra)
