@@ -295,7 +295,9 @@ def adapt_in_loops(s: Settings, out: Path, device: torch.device) -> dict:
         number = bisect_right(starts, step)  # the loop, from 1
         local, length = step - starts[number - 1], starts[number] - starts[number - 1]
         if local == 0:
-            if rounds.complete() < number:
+            due = rounds.complete() < number
+            wait()  # every process has looked before the first one writes
+            if due:
                 ask_images(s, run, system.teacher, target, rounds, number, counts[number - 1])
             if number > 1:
                 system.begin_loop()

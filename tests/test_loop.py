@@ -276,8 +276,7 @@ def test_stal_on_two_processes(tiny_world, tmp_path):
         "torch.distributed.run",
         "--nproc_per_node",
         "2",
-        "--master_port",
-        "29611",
+        "--standalone",
         "-m",
         "alda.loop",
     ]
@@ -553,7 +552,7 @@ def test_a_lost_round_is_noticed_on_resume(tiny_world, tmp_path, capsys, interru
     monkeypatch.undo()
     (tmp_path / "rounds/02").rename(tmp_path / "lost")
     assert loop.main(arguments(tiny_world, tmp_path, strategy="ripu", resume=True)) == 2
-    assert "rounds asked before step 6 are missing" in capsys.readouterr().err
+    assert "rounds made before step 6 are missing" in capsys.readouterr().err
 
 
 def test_help_groups_the_options(capsys):
