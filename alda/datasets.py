@@ -26,6 +26,7 @@ from torchvision.io import ImageReadMode, decode_image
 from alda.errors import InputError
 
 IGNORE = 255
+NO_TRUTH = 254  # in the truth of an unlabelled image: nobody knows this pixel's class; 255 is what a crop adds outside
 PSEUDO = 100  # in a training label map, 100 + c is a pseudo-label of class c: nobody was asked for it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -409,6 +410,12 @@ class TrainingView(Dataset):
         draw, index = key
         generator = torch.Generator().manual_seed(mix_seed(self.seed, draw))
         return self.transform(self.dataset.image(index), self.labels_of(index), generator)
+
+
+def truth_inside(dataset: SegmentationDataset, index: int) -> torch.Tensor:
+    """The truth of an image with 254 where it says nothing, so that after a crop 255 marks what lies outside the image."""
+    labels = dataset.labels(index)
+    return labels.masked_fill(labels == IGNORE, NO_TRUTH)
 
 
 class Mixture(Dataset):

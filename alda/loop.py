@@ -22,7 +22,7 @@ import torch
 
 from alda import deeplab, toy
 from alda.annotation import Rounds, ledger
-from alda.datasets import IGNORE, PSEUDO, TrainingView, mix_seed, open_dataset
+from alda.datasets import IGNORE, PSEUDO, TrainingView, mix_seed, open_dataset, truth_inside
 from alda.errors import InputError
 from alda.evaluation import describe, evaluate, pick_device
 from alda.losses import cross_entropy, local_consistency, negative_learning
@@ -357,7 +357,7 @@ def loop_batches(s: Settings, source, target, rounds: Rounds, number: int, step:
     """(labelled, unlabelled) batches of loop `number` from its step `step` on.
 
     Labelled: all source images and the asked target images, these repeated to about as many as the source has. Unlabelled:
-    the other target images, whose true labels come along for the log's accuracy and are used for nothing else.
+    the other target images, whose truth comes along for the log's accuracy and to know what a crop added outside the image.
     """
     asked = {image for earlier in range(1, number + 1) for image in rounds.record(earlier)["images"]}
     known = [i for i, sample in enumerate(target.samples) if sample.id in asked]
@@ -367,7 +367,7 @@ def loop_batches(s: Settings, source, target, rounds: Rounds, number: int, step:
         TrainingView(
             target, transform_of(s, 2), mix_seed(s.seed, 22, number), partial(labels_known, target, rounds, upto=number)
         ),
-        TrainingView(target, transform_of(s, 2), mix_seed(s.seed, 23, number)),
+        TrainingView(target, transform_of(s, 2), mix_seed(s.seed, 23, number), partial(truth_inside, target)),
     ]
     repeats = max(1, round(len(source) / len(known)))
     labelled = [(0, i) for i in range(len(source))] + [(1, i) for i in known] * repeats

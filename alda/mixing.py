@@ -10,12 +10,13 @@ and lets a thread load the images; the step after that uses them. N is the batch
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from alda.datasets import SegmentationDataset, TrainingView, class_presence, mix_seed
+from alda.datasets import SegmentationDataset, TrainingView, class_presence, mix_seed, truth_inside
 from alda.processes import rank_and_number
 from alda.run import transform_of
 from alda.selftraining import COPY_PASTE_CLASSES, ImageBank, class_chances, draw
@@ -28,7 +29,7 @@ class Others(NamedTuple):
     """Images to mix in, on the device."""
 
     images: torch.Tensor  # (N,3,H,W) float32
-    labels: torch.Tensor  # (N,H,W) uint8; for CUT the truth, which only the log's accuracy reads
+    labels: torch.Tensor  # (N,H,W) uint8; for CUT datasets.truth_inside: read for the log, and to know what is outside
     classes: torch.Tensor  # (N,) int64, the drawn classes
 
 
@@ -43,7 +44,10 @@ class Partners:
     def __init__(self, s: Settings, source: SegmentationDataset, target: SegmentationDataset, device: torch.device):
         self.s, self.device, self.rank = s, device, rank_and_number()[0]
         seeds = [mix_seed(s.seed, 30, kind, self.rank) for kind in (PASTE, CUT)]
-        self.views = [TrainingView(d, transform_of(s, i + 1), seeds[i]) for i, d in enumerate((source, target))]
+        self.views = [
+            TrainingView(source, transform_of(s, 1), seeds[PASTE]),
+            TrainingView(target, transform_of(s, 2), seeds[CUT], partial(truth_inside, target)),
+        ]
         self.presence = class_presence(source, s.workers) if s.copy_paste else np.zeros((1, 19), bool)
         self.classes = torch.tensor(COPY_PASTE_CLASSES, device=device)
         self.held = torch.from_numpy(self.presence.any(0)).to(device)[self.classes].float()

@@ -79,8 +79,8 @@ class Stal:
     def losses(self, batch: list[torch.Tensor], others: dict, generator: torch.Generator, progress: float):
         """The named losses of a step and the numbers that only the log shows; nothing is read from the device.
 
-        `batch` is images (N,3,H,W), labels (N,H,W) and, unless the unlabelled parts are off, images, truth and dataset
-        indices of unlabelled images; `progress` is the share of the loop that is done.
+        `batch` is images (N,3,H,W), labels (N,H,W) and, unless the unlabelled parts are off, images, truth
+        (datasets.truth_inside) and dataset indices of unlabelled images; `progress` is the share of the loop that is done.
         """
         s, (images, labels, *rest) = self.s, batch
         if PASTE in others:
@@ -105,14 +105,15 @@ class Stal:
             return losses, {}
         prob = deeplab.upsample(teacher_logits[number:].float(), size).softmax(1)  # (N,C,H,W)
         # Eqs. (5)-(7): argmax of the teacher where the entropy is below its percentile
-        pseudo = reliable_pseudo_labels(prob, drop_share(progress, 1.0, s.drop), s.rules)
-        health = pseudo_label_health(pseudo, truth)
+        inside = truth != IGNORE
+        pseudo = reliable_pseudo_labels(prob, drop_share(progress, 1.0, s.drop), s.rules, inside)
+        health = pseudo_label_health(pseudo, truth, inside)
         if s.unlabelled:
             losses["unlabelled"] = self.consistency(large[number:], pseudo, prob, generator)
         if s.contrast and progress < s.contrast_start:
             losses["contrastive"] = features.float().sum() * 0  # torchrun wants every parameter to have a gradient
         elif s.contrast:
-            small = contrastive_masks(labels, pseudo, entropy(prob), features.shape[-2:])
+            small = contrastive_masks(labels, pseudo, entropy(prob), features.shape[-2:], counts=inside)
             sets = contrastive_sets(teacher_logits.float().softmax(1), *small, labelled=number)
             losses["contrastive"] = contrastive(features, teacher_features, sets, self.bank, generator=generator)
         return losses, health
@@ -148,6 +149,8 @@ class Stal:
             logits = self.teacher(images if other is None else torch.cat([images, other.images]))
         self.teacher.train()
         prediction = deeplab.upsample(logits.float(), images.shape[-2:]).argmax(1)
+        outside = (truth if other is None else torch.cat([truth, other.labels])) == IGNORE
+        prediction = prediction.masked_fill(outside, IGNORE)  # what a crop added holds no class
         self.images.update(index, prediction[: len(images)])
         if other is None:
             return images, truth
@@ -171,8 +174,10 @@ class Stal:
 
 
 @torch.no_grad()
-def pseudo_label_health(pseudo: torch.Tensor, truth: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Share of pixels the entropy rule keeps, and the accuracy of their pseudo-labels where the truth is known; 0-dim."""
-    has = pseudo != IGNORE
-    judged = has & (truth != IGNORE)
-    return {"kept": has.float().mean(), "accuracy": ((pseudo == truth) & judged).sum() / judged.sum().clamp(min=1)}
+def pseudo_label_health(pseudo: torch.Tensor, truth: torch.Tensor, inside: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Share of the pixels `inside` that have a pseudo-label, and its accuracy where the truth is known; 0-dim."""
+    judged = (pseudo != IGNORE) & (truth < NUM_CLASSES)
+    return {
+        "kept": (pseudo != IGNORE).sum() / inside.sum().clamp(min=1),
+        "accuracy": ((pseudo == truth) & judged).sum() / judged.sum().clamp(min=1),
+    }

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from alda.datasets import open_dataset
+from alda.datasets import NO_TRUTH, open_dataset
 from alda.mixing import CUT, PASTE, Partners
+from alda.run import Run
 from alda.selftraining import COPY_PASTE_CLASSES, ImageBank
 from alda.settings import settings_for
+from alda.stal import Stal
 
 SIZES = {"source_size": "128x64", "target_size": "128x64", "crop": "128x64", "scale": "1,1", "workers": 0}
 
@@ -57,7 +59,7 @@ def test_partners_hold_the_class_that_was_drawn(tiny_world):
 
 def _same(partners, kind, index, labels):
     """Whether these training labels are those of the image `index`, mirrored or not."""
-    own = partners.views[kind][0, int(index)][1]
+    own = partners.views[kind][0, int(index)][1]  # with 254 where the truth of a target image says nothing
     return torch.equal(own, labels) or torch.equal(own.flip(-1), labels)
 
 
@@ -119,3 +121,31 @@ def test_drawing_does_not_wait_for_the_device(tiny_world):
             partners.draw(confidence, bank, generator)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_what_a_crop_adds_is_no_class(tiny_world, tmp_path):
+    """Outside the image there are no pseudo-labels, no share in the image bank, no percentile; truth is only judged."""
+    given = {
+        "root": str(tiny_world),
+        "init": "none",
+        "backbone": "resnet18",
+        "head": "ripu",
+        "batch": 2,
+        "bank": 40,
+        **SIZES,
+    }
+    s = settings_for({"strategy": "stal", "copy_paste": False, **given})
+    run = Run(s, tmp_path, torch.device("cpu"))
+    system = Stal(s, run, open_dataset("gta5", tiny_world), open_dataset("cityscapes", tiny_world))
+    images, labels = torch.randn(2, 3, 64, 128), torch.randint(0, 19, (2, 64, 128), dtype=torch.uint8)
+    truth = torch.randint(0, 19, (2, 64, 128), dtype=torch.uint8)
+    truth[:, :10], truth[:, 32:] = NO_TRUTH, 255  # the lower half is padding
+    seen = []
+    system.consistency = lambda logits, pseudo, prob, generator: seen.append(pseudo) or logits.sum() * 0
+    batch = [images, labels, torch.randn(2, 3, 64, 128), truth, torch.tensor([1, 4])]
+    _, health = system.losses(batch, {}, system.generator(0), 0.5)
+    assert (seen[0][:, 32:] == 255).all()
+    assert float(health["kept"]) == pytest.approx(0.9, abs=0.01)  # 10 % are dropped half-way, of the pixels inside
+    torch.testing.assert_close(system.images.share.sum(0), torch.tensor([0, 0.5, 0, 0, 0.5, 0]))
+    known = (seen[0] != 255) & (truth < 19)
+    assert float(health["accuracy"]) == pytest.approx(((seen[0] == truth) & known).sum() / known.sum())
