@@ -298,7 +298,7 @@ TOY_BY_STRATEGY: dict[str, dict] = {
         "source_images": 0,
         "protocol": "ripu",
         "bank": 3000,
-        "ohem_pixels": 2500,
+        "ohem_threshold": 1.0,  # hard pixels alone teach little in minutes
     },
     **dict.fromkeys(SELF_TRAINING, _TOY_CBST),
 }
