@@ -424,3 +424,19 @@ def test_files_that_are_no_checkpoint(tmp_path, monkeypatch):
         with pytest.raises(InputError, match=message):
             load_checkpoint(model, name)
     assert not os.path.exists("alda-was-here")
+
+
+def test_heads_that_a_file_lacks_start_at_random_and_say_so(tmp_path, capsys):
+    """STAL from a source-trained network: only whole extra heads may be missing."""
+    plain = build("deeplabv3plus", "resnet18", batch_norm="live", init="none")
+    torch.save({"model": plain.state_dict()}, tmp_path / "plain.pt")
+    network = {"batch_norm": "live", "init": str(tmp_path / "plain.pt"), "representation": 256, "auxiliary": True}
+    model = build("deeplabv3plus", "resnet18", **network)
+    assert torch.equal(model.backbone.conv1.weight, plain.backbone.conv1.weight)
+    out = capsys.readouterr().out
+    assert "holds no representation head" in out and "holds no auxiliary head" in out
+    state = model.state_dict()
+    del state["representation.0.weight"]
+    torch.save({"model": state}, tmp_path / "broken.pt")
+    with pytest.raises(InputError, match=r"1 missing: representation\.0\.weight"):
+        build("deeplabv3plus", "resnet18", **{**network, "init": str(tmp_path / "broken.pt")})
