@@ -304,6 +304,34 @@ TOY_BY_STRATEGY: dict[str, dict] = {
 }
 
 
+# Which strategies read a setting that not all of them read; the fields of the group STAL belong to stal alone.
+_SCHEDULED = ("source-only", "full", *QUERIES)
+READ_BY: dict[str, tuple] = {
+    **dict.fromkeys(("query_steps", "unit", "radius", "pixels", "pseudo", "pseudo_steps", "pseudo_weight"), QUERIES),
+    **dict.fromkeys(("budget", "keep_labels"), (*QUERIES, "stal")),
+    "rounds": (*QUERIES, "stal", *SELF_TRAINING),
+    "cbda": ("cbda",),
+    **dict.fromkeys(("poly_steps", "source_sampling", "consistency", "negative", "source_free"), _SCHEDULED),
+    **dict.fromkeys(
+        ("source_portion", "source_portion_step", "source_portion_max", "mine", "source_steps"), SELF_TRAINING
+    ),
+    **dict.fromkeys(("portion", "portion_step", "portion_max"), (*QUERIES, *SELF_TRAINING)),
+    "epochs": ("stal", *SELF_TRAINING),
+    "eval_every": (*_SCHEDULED, *SELF_TRAINING),
+    **{field.name: ("stal",) for field in dataclasses.fields(Settings) if field.metadata["group"] == "STAL"},
+}
+
+
+def without_effect(given: dict, s: Settings) -> list[str]:
+    """The options that were given although the strategy does not read them, as people write them."""
+    idle = {name for name in given if s.strategy not in READ_BY.get(name, STRATEGIES)}
+    if s.pseudo == "none" and s.strategy in QUERIES:
+        idle |= given.keys() & {"portion", "portion_step", "portion_max", "pseudo_steps", "pseudo_weight"}
+    idle |= given.keys() & {"head"} if s.net == "deeplabv2" else set()
+    idle |= given.keys() & {"source_steps"} if s.init not in ("imagenet", "none") else set()
+    return [f"--{name.replace('_', '-')}" for name in sorted(idle)]
+
+
 def settings_for(given: dict) -> Settings:
     """Settings from the options that were given, over the toy world's, over the paper's, over the defaults."""
     strategy = given.get("strategy", "ripu")
@@ -357,4 +385,8 @@ def parse(argv: list[str] | None) -> Settings:
         else:
             text = f"{meta['help']} [{field.default}]" if field.default != "" else meta["help"]
             group.add_argument(name, type=field.type, help=text, choices=meta["choices"] or None)
-    return settings_for(vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    s = settings_for(given)
+    if idle := without_effect(given, s):
+        print(f"note: no effect with --strategy {s.strategy}: {', '.join(idle)}", file=sys.stderr)
+    return s

@@ -1,5 +1,6 @@
 """Every strategy end to end at toy size; interrupted and resumed equals uninterrupted; budgets; the command line."""
 
+import dataclasses
 import json
 import math
 import os
@@ -526,6 +527,23 @@ def test_score_takes_the_settings_of_the_run(tiny_world, tmp_path, capsys):
     assert evaluation.main(["score", str(tmp_path), "--json", str(tmp_path / "again.json")]) == 0
     first, again = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("result", "again"))
     assert first["protocol"] == again["protocol"] and first["IoU"] == again["IoU"]
+
+
+@pytest.mark.parametrize(
+    "words,idle",
+    [
+        ("ripu --drop 0.1 --portion 0.3 --head stal --budget 0.1", "--drop, --head, --portion"),
+        ("cbst --init x.pt --budget 0.1 --cbda both --source-steps 4 --rounds 2", "--budget, --cbda, --source-steps"),
+        ("stal --head stal --budget 0.1 --drop 0.1 --eval-every 5", "--eval-every"),
+        ("ripu --pseudo cbst --portion 0.3", ""),
+    ],
+)
+def test_options_that_do_nothing_are_named(words, idle, capsys):
+    strategy, *options = words.split()
+    settings.parse(["--strategy", strategy, *options])
+    expected = f"note: no effect with --strategy {strategy}: {idle}\n" if idle else ""
+    assert capsys.readouterr().err == expected
+    assert not set(settings.READ_BY) - {field.name for field in dataclasses.fields(settings.Settings)}
 
 
 def test_unknown_options_and_wrong_types_are_one_line(capsys):
