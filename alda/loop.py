@@ -97,10 +97,7 @@ def adapt_by_queries(s: Settings, out: Path, device: torch.device) -> dict:
         weights = {"source": 1.0, "target": 1.0, "pseudo": s.pseudo_weight, "consistency": s.consistency}
         run.descend(losses, {**weights, "negative": s.negative})
         run.log(step + 1)
-        if s.eval_every and (step + 1) % s.eval_every == 0:
-            run.write_metrics({"step": step + 1, **evaluate(run.model, validation, protocol_of(s), device)})
-        if (step + 1) % s.checkpoint_every == 0 or step + 1 == s.steps:
-            run.save(step + 1)
+        evaluate_and_save(s, run, validation, step + 1)
 
     return {
         **evaluate(run.model, validation, protocol_of(s), device),
@@ -108,6 +105,14 @@ def adapt_by_queries(s: Settings, out: Path, device: torch.device) -> dict:
         **({"cbda": s.cbda} if s.strategy == "cbda" else {}),
         **({"pseudo": s.pseudo, "pseudo_rounds": records_of(pseudo)} if s.pseudo != "none" else {}),
     }
+
+
+def evaluate_and_save(s: Settings, run: Run, validation, step: int) -> None:
+    """The end of a step: a score in the log every --eval-every steps, a checkpoint every --checkpoint-every steps."""
+    if s.eval_every and step % s.eval_every == 0:
+        run.write_metrics({"step": step, **evaluate(run.model, validation, protocol_of(s), run.device)})
+    if step % s.checkpoint_every == 0 or step == s.steps:
+        run.save(step)
 
 
 def records_of(rounds: Rounds) -> list[dict]:
@@ -206,10 +211,7 @@ def adapt_by_self_training(s: Settings, out: Path, device: torch.device) -> dict
         logits = deeplab.upsample(logits.float(), labels.shape[-2:])
         run.descend({"cross_entropy": cross_entropy(logits, labels)}, {"cross_entropy": 1.0})
         run.log(step + 1)
-        if s.eval_every and (step + 1) % s.eval_every == 0:
-            run.write_metrics({"step": step + 1, **evaluate(run.model, validation, protocol_of(s), device)})
-        if (step + 1) % s.checkpoint_every == 0 or step + 1 == s.steps:
-            run.save(step + 1)
+        evaluate_and_save(s, run, validation, step + 1)
 
     return {
         **evaluate(run.model, validation, protocol_of(s), device),
@@ -228,12 +230,11 @@ def round_batches(s: Settings, source, target, rounds: Rounds, number: int, chos
     rare = rare_classes([c["predicted"] for c in record["classes"].values()])
     at = partial(mine_patch, rare=rare, chance=s.mine) if s.mine else None
 
-    def guessed(index: int) -> torch.Tensor:
-        return pseudo_labels(rounds, number, target.samples[index])
-
     views = [
         TrainingView(source, transform_of(s, 1, at), mix_seed(s.seed, 6, number)),
-        TrainingView(target, transform_of(s, 2, at), mix_seed(s.seed, 7, number), guessed),
+        TrainingView(
+            target, transform_of(s, 2, at), mix_seed(s.seed, 7, number), partial(pseudo_labels, target, rounds, number)
+        ),
     ]
     order = np.random.default_rng(mix_seed(s.seed, 8, number)).permutation(len(source))
     entries = [(0, int(i)) for i in order[:chosen]] + [(1, i) for i in range(len(target))]

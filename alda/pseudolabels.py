@@ -2,7 +2,7 @@
 
     from alda.pseudolabels import label_target, pseudo_labels
     label_target(s, run, target, rounds, number=1, kind="cbst")      # rounds = Rounds(out / "pseudo")
-    labels = pseudo_labels(rounds, 1, target.samples[0])             # (H,W) uint8, 255 = none
+    labels = pseudo_labels(target, rounds, 1, index=0)              # (H,W) uint8, 255 = none
 
 CBST, CBST-SP, ST: Zou et al., ECCV 2018, arXiv 1810.07911; the equations are in selftraining.py. A round is a folder
 `pseudo/01` that is never changed once it stands: `labels/IMAGE.png` (train ids, 255 = none) and `round.json`.
@@ -126,11 +126,13 @@ def record_of(kind: str, portion: float, thresholds, predicted, total: dict) -> 
 
 
 def percent(value: float | None) -> str:
+    """A share as text, "-" for one that has no value."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def pseudo_labels(rounds: Rounds, number: int, sample) -> torch.Tensor:
-    """The pseudo-labels that round `number` gave to an image: (H,W) uint8 train ids, 255 = none."""
+def pseudo_labels(target: SegmentationDataset, rounds: Rounds, number: int, index: int) -> torch.Tensor:
+    """The pseudo-labels that round `number` gave to a target image: (H,W) uint8 train ids, 255 = none."""
+    sample = target.samples[index]
     return read_map(rounds.path(number) / "labels" / f"{sample.id}.png", sample.size, IGNORE)
 
 

@@ -250,7 +250,7 @@ def pseudo_schedule(s: Settings, queries: list[int]) -> list[int]:
 
 def labels_and_pseudo(target: SegmentationDataset, rounds: Rounds, pseudo: Rounds, index: int, upto: int, number: int):
     """The bought labels of an image, and 100 + c where there is none but round `number` of pseudo-labels says c."""
-    bought, guessed = labels_known(target, rounds, index, upto), pseudo_labels(pseudo, number, target.samples[index])
+    bought, guessed = labels_known(target, rounds, index, upto), pseudo_labels(target, pseudo, number, index)
     return torch.where(bought != IGNORE, bought, torch.where(guessed != IGNORE, guessed + PSEUDO, IGNORE))
 
 

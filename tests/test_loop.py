@@ -144,6 +144,18 @@ def test_interrupted_and_resumed_equals_uninterrupted(strategy, tiny_world, tmp_
     check_result(whole, strategy, results[0], tiny_world)
 
 
+def run_with_stops(stops, interrupt, monkeypatch, world, out, options):
+    """A run that is killed at each of `stops` (see interrupt), resumed each time, and at last finished."""
+    resume = {}
+    for name, calls in stops:
+        interrupt(name, calls)
+        with pytest.raises(KeyboardInterrupt):
+            loop.main(arguments(world, out, **options, **resume))
+        monkeypatch.undo()
+        resume = {"resume": True}
+    assert loop.main(arguments(world, out, **options, **resume)) == 0
+
+
 @pytest.mark.parametrize("strategy", ["st", "cbst", "cbst-sp", "ripu st", "cbda cbst", "random cbst-sp"])
 def test_pseudo_labels_interrupted_and_resumed(strategy, tiny_world, tmp_path, interrupt, monkeypatch):
     strategy, pseudo = (*strategy.split(), "")[:2]
@@ -151,15 +163,9 @@ def test_pseudo_labels_interrupted_and_resumed(strategy, tiny_world, tmp_path, i
     options["rules"] = "code"  # the network of 2 steps saturates: the paper's strict rule labels nothing
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert loop.main(arguments(tiny_world, whole, **options)) == 0
-    resume = {}
     # in the middle of the source training (where there is one), of the second pass over the target, and of training
-    for name, calls in (("cross_entropy", 1), ("cbst_pseudo_labels", 9), ("cross_entropy", 3)):
-        interrupt(name, calls)
-        with pytest.raises(KeyboardInterrupt):
-            loop.main(arguments(tiny_world, parts, **options, **resume))
-        monkeypatch.undo()
-        resume = {"resume": True}
-    assert loop.main(arguments(tiny_world, parts, **options, **resume)) == 0
+    stops = (("cross_entropy", 1), ("cbst_pseudo_labels", 9), ("cross_entropy", 3))
+    run_with_stops(stops, interrupt, monkeypatch, tiny_world, parts, options)
     assert_same_bits(state_of(whole)["model"], state_of(parts)["model"])
     assert round_files(whole) == round_files(parts) and metric_lines(whole) == metric_lines(parts)
     result, again = (json.loads((out / "result.json").read_text()) | {"wall_s": 0} for out in (whole, parts))
@@ -174,7 +180,7 @@ def check_pseudo_labels(out, result, world):
     record, asked_before = pseudo.record(2), sum(step <= 6 for step in (2, 5)) if rounds.complete() else 0
     labelled = correct = 0
     for index, sample in enumerate(target.samples):
-        labels, truth = pseudolabels.pseudo_labels(pseudo, 2, sample), target.labels(index)
+        labels, truth = pseudolabels.pseudo_labels(target, pseudo, 2, index), target.labels(index)
         labelled += int((labels != 255).sum())
         correct += int(((labels == truth) & (labels != 255)).sum())
         assert not ((labels != 255) & (rounds.labels(sample.id, sample.size, asked_before) != 255)).any()
@@ -207,15 +213,9 @@ def test_stal_interrupted_and_resumed(switches, tiny_world, tmp_path, interrupt,
     options = {"strategy": "stal", **STAL_SWITCHES[switches]}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert loop.main(arguments(tiny_world, whole, **options)) == 0
-    resume = {}
     # between two checkpoints of the first loop, in the second query, between two checkpoints of the second loop
-    for name, calls in (("update_teacher", 3), ("ask_images", 0), ("update_teacher", 3)):
-        interrupt(name, calls)
-        with pytest.raises(KeyboardInterrupt):
-            loop.main(arguments(tiny_world, parts, **options, **resume))
-        monkeypatch.undo()
-        resume = {"resume": True}
-    assert loop.main(arguments(tiny_world, parts, **options, **resume)) == 0
+    stops = (("update_teacher", 3), ("ask_images", 0), ("update_teacher", 3))
+    run_with_stops(stops, interrupt, monkeypatch, tiny_world, parts, options)
     assert_same_bits(state_of(whole), state_of(parts))
     assert round_files(whole) == round_files(parts) and metric_lines(whole) == metric_lines(parts)
     result, again = (json.loads((out / "result.json").read_text()) | {"wall_s": 0} for out in (whole, parts))

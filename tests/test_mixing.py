@@ -121,6 +121,7 @@ def test_drawing_does_not_wait_for_the_device(tiny_world):
             partners.draw(confidence, bank, generator)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    assert partners.drawn.shape == (2 * s.batch, 2)
 
 
 def test_what_a_crop_adds_is_no_class(tiny_world, tmp_path):
