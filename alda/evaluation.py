@@ -250,14 +250,15 @@ def comparison(runs: list[str], mixed: bool = False) -> list[dict]:
         path = Path(run) / "result.json"
         if not path.is_file():
             raise InputError(f"{run}: holds no result.json; give folders of finished runs (--out of alda.loop)")
-        result, s, budget = json.loads(path.read_text()), run_settings(run), json.loads(path.read_text())["budget"]
+        result, s = json.loads(path.read_text()), run_settings(run)
+        if not s:
+            raise InputError(f"{run}: holds no config.json; give folders of finished runs (--out of alda.loop)")
+        budget = result["budget"]
         teacher = {"student mIoU19": _percent(result["student"]["mIoU19"])} if "student" in result else {}
         rows.append(
             {
                 "run": Path(run).name,
-                "strategy": result["strategy"]
-                + (f" {result['cbda']}" if result["strategy"] == "cbda" else "")
-                + (f" + {result['pseudo']}" if "pseudo" in result else ""),
+                "strategy": strategy_text(result, s),
                 "source": s["src"],
                 "target": s["tgt"],
                 "tested on": f"{s['tgt']}, {result['images']} images",
@@ -294,6 +295,18 @@ def comparison(runs: list[str], mixed: bool = False) -> list[dict]:
     return rows
 
 
+def strategy_text(result: dict, s: dict) -> str:
+    """A strategy with what makes its runs differ: CBDA's part, pseudo-labels, STAL's ablation."""
+    text = result["strategy"]
+    if text == "cbda":
+        text += f" {s['cbda']}"
+    if text == "stal":
+        text += (
+            f" lambda_u {s['unlabelled']:g} lambda_c {s['contrast']:g} {s['image_queries']}" + " restart" * s["restart"]
+        )
+    return text + (f" + {result['pseudo']}" if "pseudo" in result else "")
+
+
 def _percent(value: float | None) -> float | None:
     return None if value is None else round(100 * value, 2)
 
@@ -326,8 +339,17 @@ def comparison_picture(runs: list[str], rows: list[dict], path: Path) -> None:
         points = points or [(row["share of pixels"] or 0.0, result["mIoU19"])]
         lines.setdefault(f"{row['strategy']}, {row['source']}, {row['network']}", []).extend(points)
     for name, points in lines.items():
-        x, y = zip(*sorted(points), strict=True)
-        axes.plot([100 * v for v in x], [100 * v for v in y], "o-", label=name)
+        shares = sorted({round(share, 4) for share, _ in points})
+        found = [[100 * miou for share, miou in points if round(share, 4) == x] for x in shares]
+        (line,) = axes.plot(
+            [100 * x for x in shares], [sum(y) / len(y) for y in found], "o-", label=name
+        )  # means over seeds
+        axes.plot(
+            [100 * x for x, y in zip(shares, found, strict=True) for _ in y],
+            [v for y in found for v in y],
+            ".",
+            color=line.get_color(),
+        )
     axes.set_xlabel("target pixels asked [%]")
     axes.set_ylabel("mIoU19 [%]" + (" (TOY)" if any(row["toy"] for row in rows) else ""))
     axes.set_title("; ".join(sorted({row["protocol"] for row in rows})), fontsize=8)

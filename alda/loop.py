@@ -5,7 +5,7 @@
     torch.load("runs/.../checkpoints/last.pt", weights_only=True)           # what a run leaves: see alda/run.py
 
 RIPU: Xie et al., CVPR 2022, arXiv 2111.12940. CBDA: Schachtsiek, Rossi and Hannagan, arXiv 2311.14146.
-CBST, CBST-SP, ST: Zou et al., ECCV 2018, arXiv 1810.07911.
+CBST, CBST-SP, ST: Zou et al., ECCV 2018, arXiv 1810.07911. STAL (ILM-ASSL): Guan and Yuan, arXiv 2301.13361.
 """
 
 import json
@@ -26,7 +26,7 @@ from alda.datasets import IGNORE, PSEUDO, TrainingView, mix_seed, open_dataset, 
 from alda.errors import InputError
 from alda.evaluation import describe, evaluate, pick_device
 from alda.losses import cross_entropy, local_consistency, negative_learning
-from alda.processes import join, rank_and_number, wait
+from alda.processes import join, leave, rank_and_number, wait
 from alda.pseudolabels import label_target, pseudo_labels, source_prior
 from alda.queries import (
     ask,
@@ -132,7 +132,10 @@ def report(s: Settings, source, target, rounds: Rounds, source_images: int | Non
     """What result.json says beside the scores: the ledger, its share of all target pixels, steps, images trained on."""
     budget = ledger(records_of(rounds))
     return {
-        "budget": {**budget, "share": budget["asked"] / pixels_of(target) if target else 0.0},
+        "budget": {
+            **budget,
+            "share": 1.0 if s.strategy == "full" else budget["asked"] / pixels_of(target) if target else 0.0,
+        },
         "steps": s.steps,
         "source_images": source_images if source_images is not None else len(source) if source else 0,
         "target_images": len(target) if target else 0,
@@ -179,10 +182,7 @@ def adapt_by_self_training(s: Settings, out: Path, device: torch.device) -> dict
     """
     source, target = open_dataset(s.src, s.root), open_dataset(s.tgt, s.root, "train")
     validation = open_dataset(s.tgt, s.root, "val")
-    if not s.crop and not s.source_size == s.target_size != "":
-        raise InputError(
-            "source and target images share a batch here: give --crop, or equal --source-size and --target-size"
-        )
+    one_size(s)
     shares = [source_portion(n, s.source_portion, s.source_portion_step, s.source_portion_max) for n in range(s.rounds)]
     chosen = [max(1, round(share * len(source))) for share in shares]
     starts = round_starts(s, [len(target) + n for n in chosen])
@@ -218,6 +218,14 @@ def adapt_by_self_training(s: Settings, out: Path, device: torch.device) -> dict
         **report(s, source, target, Rounds(out / "rounds"), chosen[-1]),
         "pseudo_rounds": records_of(rounds),
     }
+
+
+def one_size(s: Settings) -> None:
+    """Raises InputError where source and target images of one batch would have different sizes."""
+    if not s.crop and s.source_size != s.target_size:
+        raise InputError(
+            "source and target images share a batch here: give --crop, or equal --source-size and --target-size"
+        )
 
 
 def round_batches(s: Settings, source, target, rounds: Rounds, number: int, chosen: int, step: int):
@@ -262,7 +270,9 @@ def train_source(s: Settings, out: Path, device: torch.device) -> Settings:
     if not (out / "source" / "result.json").is_file():
         print(f"source-only: {own.steps} steps in {out / 'source'}", flush=True)
         result = adapt_by_queries(own, prepare(own), device)
-        (out / "source" / "result.json").write_text(json.dumps({"strategy": "source-only", **result}, indent=1))
+        (out / "source" / "result.json").write_text(
+            json.dumps({"strategy": "source-only", "toy": s.root == "toy", **result}, indent=1)
+        )
         print(f"source-only: mIoU19 {100 * result['mIoU19']:.2f}", flush=True)
     batch_norm = deeplab.read(last)["network"]["batch_norm"]
     return replace(s, init=str(last), batch_norm=batch_norm)
@@ -281,6 +291,7 @@ def adapt_in_loops(s: Settings, out: Path, device: torch.device) -> dict:
     """
     source, target = open_dataset(s.src, s.root), open_dataset(s.tgt, s.root, "train")
     validation = open_dataset(s.tgt, s.root, "val")
+    one_size(s)
     counts = images_due(s, len(target))
     order = np.random.default_rng(mix_seed(s.seed, 8)).permutation(len(source))
     source.samples = [source.samples[i] for i in sorted(order[: s.source_images or len(source)])]
@@ -307,11 +318,11 @@ def adapt_in_loops(s: Settings, out: Path, device: torch.device) -> dict:
 
         run.set_rate(poly(local, length))
         others, generator = system.partners.next(step), system.generator(step)
-        batch = [*next_batch(labelled, device)[:2], *(next_batch(unlabelled, device) if system.unlabelled else ())]
+        system.partners.draw(system.confidence.value, system.images, generator)
+        batch = [*next_batch(labelled, device)[:2], *(next_batch(unlabelled, device) or ())]
         losses, health = system.losses(batch, others, generator, local / length)
         run.descend(losses, {"supervised": 1.0, "unlabelled": s.unlabelled, "contrastive": s.contrast}, health)
         update_teacher(system.teacher, run.model, local, s.ema)
-        system.partners.draw(system.confidence.value, system.images, generator)
         run.log(step + 1, system.state)
         if step + 1 == starts[number]:
             scores = system.evaluate(validation, protocol_of(s))
@@ -325,9 +336,7 @@ def adapt_in_loops(s: Settings, out: Path, device: torch.device) -> dict:
     loops = [line for line in lines if "loop" in line]
     keys = ("loop", "asked_images", "share", "mIoU19")
     return {
-        **{
-            key: value for line in loops for key, value in line.items() if key not in ("step", *keys[:3])
-        },  # the last one's
+        **{key: value for key, value in (loops[-1] if loops else {}).items() if key not in ("step", *keys[:3])},
         **report(s, source, target, rounds),
         "loops": [{**{k: line[k] for k in keys}, "student mIoU19": line["student"]["mIoU19"]} for line in loops],
     }
@@ -355,7 +364,7 @@ def images_due(s: Settings, images: int) -> list[int]:
 
 
 def loop_batches(s: Settings, source, target, rounds: Rounds, number: int, step: int):
-    """(labelled, unlabelled) batches of loop `number` from its step `step` on.
+    """(labelled, unlabelled) batches of loop `number` from its step `step` on; None for unlabelled ones that no loss reads.
 
     Labelled: all source images and the asked target images, these repeated to about as many as the source has. Unlabelled:
     the other target images, whose truth comes along for the log's accuracy and to know what a crop added outside the image.
@@ -373,8 +382,9 @@ def loop_batches(s: Settings, source, target, rounds: Rounds, number: int, step:
     repeats = max(1, round(len(source) / len(known)))
     labelled = [(0, i) for i in range(len(source))] + [(1, i) for i in known] * repeats
     first = mixed_batches(s, views, labelled, step, mix_seed(s.seed, 24, number))
-    second = mixed_batches(s, views, [(2, i) for i in unknown], step, mix_seed(s.seed, 25, number))
-    return first, second
+    if not (s.unlabelled or s.contrast):
+        return first, None
+    return first, mixed_batches(s, views, [(2, i) for i in unknown], step, mix_seed(s.seed, 25, number))
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -396,6 +406,7 @@ def main(argv: list[str] | None = None) -> int:
             out = prepare(s)
         wait()
         run_strategy(s, out or run_folder(s), device)
+        leave()
         return 0
     except (InputError, FloatingPointError, OSError) as error:
         traces = ("checkpoints", "rounds", "pseudo", "source", "metrics.jsonl")

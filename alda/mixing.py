@@ -1,12 +1,13 @@
 """Which images are mixed into a batch? STAL's adaptive copy-paste and CutMix while training, without waiting for the device.
 
     partners = Partners(s, source, target, device)
-    others = partners.next(step)                     # what step - 2 drew, loaded meanwhile; {} in the first two steps
-    partners.draw(confidence.value, bank, generator)      # what step + 2 will get
+    others = partners.next(step)                          # what step - 2 drew, loaded meanwhile; {} in the first two steps
+    partners.draw(confidence.value, bank, generator)      # at once, before the step's work: what step + 2 will get
 
 Copy-paste and CutMix: AEL, Hu et al., arXiv 2110.05474, as in STAL's official code (arXiv 2301.13361); the tensor functions are
-in selftraining.py. A step draws classes and images on the device. The next step reads them, when they have long been there,
-and lets a thread load the images; the step after that uses them. N is the batch.
+in selftraining.py. A step begins by drawing classes and images on the device. The next step reads them: the device has then
+begun the step that drew them, and all the rest of that step is still queued. Threads load the images; the step after that
+uses them. N is the batch.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -54,17 +55,15 @@ class Partners:
         self.kinds = [PASTE] * (s.copy_paste and bool(self.held.any())) + [CUT] * (
             s.cutmix and s.unlabelled + s.contrast > 0
         )
-        self.pool = ThreadPoolExecutor(1)
+        self.pool = ThreadPoolExecutor(max(1, s.workers))
         self.reset()
 
     def reset(self) -> None:
         """Forgets what was drawn: the next two steps mix nothing."""
         self.drawn: torch.Tensor | None = None  # (rows, 2) of the last step, on its way to the host
         self.arrived: torch.cuda.Event | None = None
-        self.asked: tuple[torch.Tensor, int] | None = (
-            None  # rows whose images are being loaded, and the step that asked
-        )
-        self.loading: Future | None = None
+        self.asked: tuple[torch.Tensor, int] | None = None  # rows whose images are being loaded; the step that asked
+        self.loading: list[Future] = []  # one for each row
 
     def draw(self, confidence: torch.Tensor, bank: ImageBank, generator: torch.Generator) -> None:
         """Draws a row (class, image) for each image, by the classes' confidence (C,); reads nothing from the device."""
@@ -89,37 +88,34 @@ class Partners:
 
     def next(self, step: int) -> dict[int, Others]:
         """The images that were drawn two steps ago, by kind; starts loading those of the last step."""
-        ready, self.loading, self.asked = self.loading, None, None
+        ready, self.loading, self.asked = self.loading, [], None
         if self.drawn is not None:
             self._start(self._read(), step)
-        if ready is None:
-            return {}
-        return {
-            kind: Others(*(x.to(self.device, non_blocking=True) for x in part)) for kind, part in ready.result().items()
-        }
+        found = {}
+        for place, kind in enumerate(self.kinds if ready else ()):
+            rows = [future.result() for future in ready[place * self.s.batch : (place + 1) * self.s.batch]]
+            batch = [torch.stack(part) for part in zip(*rows, strict=True)]
+            if self.device.type == "cuda":
+                batch = [x.pin_memory() for x in batch]
+            found[kind] = Others(*(x.to(self.device, non_blocking=True) for x in batch))
+        return found
 
     def _read(self) -> torch.Tensor:
         if self.arrived is not None:
-            self.arrived.synchronize()  # the step that drew has been queued before a whole other one: no wait in practice
+            self.arrived.synchronize()  # waits until the device has begun the step that drew, not until it has done it
         return self.drawn
 
     def _start(self, rows: torch.Tensor, step: int) -> None:
         self.asked = (rows.clone(), step)
-        self.loading = self.pool.submit(self._load, rows.tolist(), step)
+        self.loading = [self.pool.submit(self._load, i, *row, step) for i, row in enumerate(rows.tolist())]
 
-    def _load(self, rows: list[list[int]], step: int) -> dict[int, tuple[torch.Tensor, ...]]:
-        """In the thread: the images of the rows, kind by kind."""
-        found: dict[int, tuple[torch.Tensor, ...]] = {}
-        for place, kind in enumerate(self.kinds):
-            pairs = []
-            for i, (c, index) in enumerate(rows[place * self.s.batch : (place + 1) * self.s.batch]):
-                if kind == PASTE:
-                    rng = np.random.default_rng(mix_seed(self.s.seed, 31, self.rank, step, i))
-                    index = int(rng.choice(np.flatnonzero(self.presence[:, c])))
-                pairs.append((*self.views[kind][step * self.s.batch + i, index], torch.tensor(c)))
-            batch = (torch.stack(part) for part in zip(*pairs, strict=True))
-            found[kind] = tuple(x.pin_memory() if self.device.type == "cuda" else x for x in batch)
-        return found
+    def _load(self, i: int, c: int, index: int, step: int) -> tuple[torch.Tensor, ...]:
+        """In a thread: image, labels and class of row `i`."""
+        kind, n = self.kinds[i // self.s.batch], i % self.s.batch
+        if kind == PASTE:
+            rng = np.random.default_rng(mix_seed(self.s.seed, 31, self.rank, step, n))
+            index = int(rng.choice(np.flatnonzero(self.presence[:, c])))
+        return (*self.views[kind][step * self.s.batch + n, index], torch.tensor(c))
 
     def state_dict(self) -> dict:
         """What the next two steps depend on."""

@@ -13,15 +13,23 @@ from alda.errors import InputError
 
 def join(device: torch.device) -> torch.device:
     """Joins the processes that torchrun started, if it did; returns this process's device."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return device
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.index >= torch.cuda.device_count():
+        if not alone:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index is not None and device.index >= torch.cuda.device_count():
             raise InputError(f"torchrun started more processes here than there are GPUs ({torch.cuda.device_count()})")
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # events and streams without a device are this one's
+    if alone:
+        return device
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
+
+
+def leave() -> None:
+    """The end of a run."""
+    if rank_and_number()[1] > 1:
+        dist.destroy_process_group()
 
 
 def rank_and_number() -> tuple[int, int]:

@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +110,6 @@ class Run:
                 self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
             ids = [device.index] if device.type == "cuda" else None
             self.forward = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
-            torch.manual_seed(mix_seed(s.seed, 0, self.rank))  # every process has its own dropout
         self.optimizer = torch.optim.SGD(
             deeplab.parameter_groups(self.model, s.lr), lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay
         )
@@ -121,7 +121,10 @@ class Run:
     def fresh_model(self) -> torch.nn.Module:
         """The network with the weights of --init, in train mode, the same in every process."""
         torch.manual_seed(mix_seed(self.s.seed, 0))
-        return deeplab.build(**self.network, init=self.s.init).to(self.device).train()
+        model = deeplab.build(**self.network, init=self.s.init).to(self.device).train()
+        if rank_and_number()[1] > 1:
+            torch.manual_seed(mix_seed(self.s.seed, 0, self.rank))  # every process has its own dropout
+        return model
 
     def autocast(self):
         """The context of forward passes: bfloat16 under --precision bfloat16, else nothing."""
@@ -206,7 +209,7 @@ class Run:
             "history": self.history,
             "names": self.names,
             "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             **{name: part.state_dict() for name, part in self.parts.items()},
         }
         path = self.out / "checkpoints" / "last.pt"
@@ -221,8 +224,9 @@ class Run:
             return 0
         if not path.is_file():
             print(f"{path}: no checkpoint yet, starting from the first step", flush=True)
+            self.forget_after(0)
             return 0
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = deeplab.read(path)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history, self.names = [row.to(self.device) for row in state["history"]], state["names"]
@@ -230,16 +234,23 @@ class Run:
             part.load_state_dict(state[name])
         if self.rank == 0:
             torch.set_rng_state(state["random"])
-        if self.rank == 0 and self.device.type == "cuda" and state["random_cuda"]:
-            torch.cuda.set_rng_state_all(state["random_cuda"])
-        if self.rank:
-            return state["step"]
-        metrics = self.out / "metrics.jsonl"
-        if metrics.is_file():  # lines written after the checkpoint will be written again
-            whole = [line for line in metrics.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last
-            metrics.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= state["step"]))
-        print(f"resumed from step {state['step']}", flush=True)
+        if self.rank == 0 and self.device.type == "cuda" and state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"], self.device)
+        self.forget_after(state["step"])
+        if self.rank == 0:
+            print(f"resumed from step {state['step']}", flush=True)
         return state["step"]
+
+    def forget_after(self, step: int) -> None:
+        """Drops the lines of metrics.jsonl after `step`: they will be written again."""
+        metrics = self.out / "metrics.jsonl"
+        if self.rank or not metrics.is_file():
+            return
+        kept = []
+        for line in metrics.read_text().splitlines():
+            with suppress(json.JSONDecodeError):  # a kill may cut the last line
+                kept += [line] if json.loads(line)["step"] <= step else []
+        metrics.write_text("".join(line + "\n" for line in kept))
 
 
 def network_of(s) -> dict:
@@ -282,6 +293,9 @@ def prepare(s) -> Path:
         if not s.resume:
             raise InputError(f"{out} holds a run already: --resume goes on with it, another --out starts a new one")
         old, new = json.loads(config.read_text())["settings"], dataclasses.asdict(s)
+        processes = json.loads(config.read_text()).get("processes", 1)
+        if processes != rank_and_number()[1]:  # steps, batches and loops depend on it
+            raise InputError(f"{out} was started with {processes} processes; resume it with as many")
         changed = [k for k in new if k not in MAY_CHANGE and old.get(k) != new[k]]
         if changed:
             what = ", ".join(f"--{k.replace('_', '-')} {old.get(k)!r} -> {new[k]!r}" for k in changed)
@@ -299,6 +313,7 @@ def prepare(s) -> Path:
     record = {
         "settings": dataclasses.asdict(s),
         "command": [sys.executable, *sys.argv],
+        "processes": rank_and_number()[1],
         "versions": {"alda": code_version(), "python": platform.python_version(), **versions},
         "toy": s.root == "toy",
     }

@@ -509,7 +509,7 @@ class ImageBank:
 
 
 def nth(mask: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """The place of the floor(u * n)-th of the n Trues of `mask` (P,), a 0-dim int64; the last place where there is none."""
+    """The place of the floor(u * n)-th of the n Trues of `mask` (P,), a 0-dim int64; 0 where there is none."""
     running = mask.cumsum(0)
     return (running <= (u * running[-1]).floor().clamp(max=running[-1] - 1)).sum().clamp(max=len(mask) - 1)
 

@@ -7,6 +7,7 @@ s = settings_for({"strategy": "ripu", "root": "toy"})      # the paper's values,
 import argparse
 import dataclasses
 import math
+import os
 import sys
 from dataclasses import dataclass
 
@@ -211,6 +212,18 @@ class Settings:
             )
         if self.strategy == "source-only" and self.source_free:
             raise InputError("--strategy source-only --source-free leaves nothing to train on")
+        if self.source_free and self.strategy not in ("full", *QUERIES):
+            raise InputError(
+                f"--source-free goes with full, {', '.join(QUERIES)}; {self.strategy} trains on the source"
+            )
+        if self.source_free and self.pseudo == "cbst-sp":
+            raise InputError("--pseudo cbst-sp reads the source's labels, --source-free has none: take --pseudo cbst")
+        for size in (self.source_size, self.crop, self.test_size):
+            if size:
+                parse_size(size)
+        parse_size(self.target_size)
+        if not self.source_size and not self.crop:
+            raise InputError("--source-size '' keeps each image's own size and needs --crop: a batch has one size")
         if not 0 < self.budget <= 1:
             raise InputError(f"--budget is a share of the pixels, above 0 and at most 1; got {self.budget}")
 
@@ -308,7 +321,8 @@ TOY_BY_STRATEGY: dict[str, dict] = {
 _SCHEDULED = ("source-only", "full", *QUERIES)
 READ_BY: dict[str, tuple] = {
     **dict.fromkeys(("query_steps", "unit", "radius", "pixels", "pseudo", "pseudo_steps", "pseudo_weight"), QUERIES),
-    **dict.fromkeys(("budget", "keep_labels"), (*QUERIES, "stal")),
+    **dict.fromkeys(("budget",), (*QUERIES, "stal")),
+    "keep_labels": ("full", *QUERIES, "stal", *SELF_TRAINING),
     "rounds": (*QUERIES, "stal", *SELF_TRAINING),
     "cbda": ("cbda",),
     **dict.fromkeys(("poly_steps", "source_sampling", "consistency", "negative", "source_free"), _SCHEDULED),
@@ -327,6 +341,8 @@ def without_effect(given: dict, s: Settings) -> list[str]:
     idle = {name for name in given if s.strategy not in READ_BY.get(name, STRATEGIES)}
     if s.pseudo == "none" and s.strategy in QUERIES:
         idle |= given.keys() & {"portion", "portion_step", "portion_max", "pseudo_steps", "pseudo_weight"}
+    idle |= given.keys() & {"pixels"} if s.unit == "region" else set()
+    idle |= given.keys() & {"test_size"} if s.protocol == "sliding" else set()
     idle |= given.keys() & {"head"} if s.net == "deeplabv2" else set()
     idle |= given.keys() & {"source_steps"} if s.init not in ("imagenet", "none") else set()
     return [f"--{name.replace('_', '-')}" for name in sorted(idle)]
@@ -346,7 +362,11 @@ def settings_for(given: dict) -> Settings:
             **TOY_BY_STRATEGY.get(strategy, {}),
         )
     if "steps" in given:
+        if given.get("epochs"):
+            raise InputError("--steps and --epochs are two ways to say how long: give one of them")
         merged["epochs"] = 0
+    if "budget" in given and "pixels" in merged:
+        merged["pixels"] = 0  # the share that was asked for, not the paper's 40 pixels
     return Settings(**{**merged, **given})
 
 
@@ -387,6 +407,6 @@ def parse(argv: list[str] | None) -> Settings:
             group.add_argument(name, type=field.type, help=text, choices=meta["choices"] or None)
     given = vars(parser.parse_args(argv))
     s = settings_for(given)
-    if idle := without_effect(given, s):
+    if (idle := without_effect(given, s)) and os.environ.get("RANK", "0") == "0":
         print(f"note: no effect with --strategy {s.strategy}: {', '.join(idle)}", file=sys.stderr)
     return s

@@ -70,7 +70,7 @@ class Stal:
             self.confidence.value.zero_()
             if self.bank is not None:
                 self.bank.count.zero_()
-        self.images.share.zero_()  # images that are labelled now are not cut from
+        self.images.share.zero_()  # images that are labelled now are forgotten
 
     def generator(self, step: int) -> torch.Generator:
         """The random draws of a step, a function of seed, step and process: a checkpoint needs no state of it."""
@@ -83,7 +83,7 @@ class Stal:
         (datasets.truth_inside) and dataset indices of unlabelled images; `progress` is the share of the loop that is done.
         """
         s, (images, labels, *rest) = self.s, batch
-        if PASTE in others:
+        if PASTE in others:  # as in the official code, every image gets all classes that were drawn for the batch
             images, labels = copy_paste(
                 images, labels, others[PASTE].images, others[PASTE].labels, others[PASTE].classes
             )

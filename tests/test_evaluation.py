@@ -193,6 +193,7 @@ def finished(folder, strategy="ripu", miou=0.5, protocol="ripu (64x32)", **more)
         "pixels": 0,
         "budget": 0.05,
     }
+    s |= {"cbda": "both", "unlabelled": 1.0, "contrast": 0.0, "image_queries": "random", "restart": False}
     (folder / "config.json").write_text(json.dumps({"settings": s}))
     budget = {"asked": 50, "share": 0.05, "images": 3, "trained": 20, "class_entropy": 0.8}
     means = {"mIoU19": miou, "mIoU16": miou, "mIoU13": None}
@@ -229,7 +230,7 @@ def test_compare_lays_runs_side_by_side(tmp_path, capsys):
     assert next(line for line in out.splitlines() if line.startswith("IoU train")).split()[2:] == ["-", "-", "-"]
     with open(files["--csv"]) as file:
         rows = list(csv.DictReader(file))
-    assert [row["strategy"] for row in rows] == ["ripu", "cbda both + cbst", "stal"]
+    assert [row["strategy"] for row in rows] == ["ripu", "cbda both + cbst", "stal lambda_u 1 lambda_c 0 random"]
     assert rows[2]["student mIoU19"] == "30.0" and rows[0]["IoU wall"] == "50.0" and rows[0]["IoU train"] == ""
     assert np.array(Image.open(files["--plot"]).convert("RGB")).std() > 5
 
@@ -245,4 +246,6 @@ def test_compare_refuses_to_mix(tmp_path, capsys):
     assert "sliding (full resolution)" in capsys.readouterr().out
     runs = [runs[0], finished(tmp_path / "c", images=5)]
     assert E.main(["compare", *runs]) == 2 and "cityscapes, 5 images" in capsys.readouterr().err
+    (tmp_path / "a/config.json").unlink()
+    assert E.main(["compare", runs[0]]) == 2 and "no config.json" in capsys.readouterr().err
     assert E.main(["compare", str(tmp_path)]) == 2 and "no result.json" in capsys.readouterr().err

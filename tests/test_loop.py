@@ -268,7 +268,7 @@ def test_images_due_are_the_published_ones():
         loop.images_due(s, 20)
 
 
-def test_stal_on_two_processes(tiny_world, tmp_path):
+def test_stal_on_two_processes(tiny_world, tmp_path, capsys):
     """torchrun on a CPU: one run folder, rounds as of one process, and the student's gradients are averaged."""
     words = arguments(tiny_world, tmp_path / "out", strategy="stal", steps=4, net="deeplabv3plus", threads=1)
     command = [
@@ -287,6 +287,7 @@ def test_stal_on_two_processes(tiny_world, tmp_path):
     assert done.stdout.count("last checkpoint, teacher") == 1 and "2 processes (cpu)" in done.stdout
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["budget"]["images"] == 3 and result["images"] == 3
+    assert loop.main([*words, "--resume"]) == 2 and "started with 2 processes" in capsys.readouterr().err
     words[words.index("stal")] = "source-only"
     refused = subprocess.run([*command, *words], capture_output=True, text=True, env=environment, timeout=300)
     assert refused.returncode != 0 and "start it without torchrun" in refused.stderr
@@ -323,6 +324,7 @@ def check_result(out, strategy, result, world):
     assert 0 <= result["mIoU19"] <= 1 and "64x32" in result["protocol"] and result["strategy"] == strategy
     if strategy in ("source-only", "full"):
         assert result["budget"]["asked"] == 0 and not list(out.glob("rounds/*"))
+        assert result["budget"]["share"] == (strategy == "full")
         return
     dynamic = strategy == "cbda" and result["cbda"] != "balance"
     target, rounds = open_dataset("cityscapes", world, "train"), Rounds(out / "rounds")
@@ -448,6 +450,8 @@ def test_schedules_are_the_published_ones():
     assert queries.query_schedule(free) == [0, 2000, 4000, 6000, 8000] and free.steps == 30000 and free.init == "x.pt"
     assert settings.settings_for({"strategy": "ripu", "source_free": "x.pt", "rules": "code"}).radius == 9
     assert settings.settings_for({"strategy": "ripu-pa"}).radius == 32
+    assert settings.settings_for({"strategy": "ripu-pa"}).pixels == 40
+    assert settings.settings_for({"strategy": "ripu-pa", "budget": 0.1}).pixels == 0  # what is given wins
 
 
 def test_regions_due_follow_the_paper_and_never_pass_the_budget():
@@ -485,6 +489,16 @@ def test_regions_due_follow_the_paper_and_never_pass_the_budget():
         ({"strategy": "cbst", "portion": 1.5}, "--portion is a share"),
         ({"strategy": "cbst", "scale": "0"}, "--scale is LOW,HIGH"),
         ({"strategy": "full", "pseudo": "cbst"}, "--pseudo goes with"),
+        (
+            {"strategy": "stal", "net": "deeplabv3plus", "crop": "", "scale": "1,1", "source_size": "32x32"},
+            "give --crop, or equal",
+        ),
+        ({"strategy": "stal", "source_free": "x.pt", "init": "x.pt"}, "--source-free goes with"),
+        ({"source_free": "x.pt", "init": "x.pt", "pseudo": "cbst-sp"}, "take --pseudo cbst"),
+        ({"strategy": "cbst", "epochs": 2}, "two ways to say how long"),
+        ({"source_size": ""}, "needs --crop"),
+        ({"test_size": "big"}, "WIDTHxHEIGHT"),
+        ({"strategy": "cbst", "target_size": ""}, "WIDTHxHEIGHT"),
         ({"pseudo": "cbst", "pseudo_steps": "7,3"}, "--pseudo-steps needs"),
         ({"query_steps": "5,2"}, "growing steps"),
         ({"query_steps": "a,b"}, "is a list like"),
@@ -536,6 +550,8 @@ def test_score_takes_the_settings_of_the_run(tiny_world, tmp_path, capsys):
         ("cbst --init x.pt --budget 0.1 --cbda both --source-steps 4 --rounds 2", "--budget, --cbda, --source-steps"),
         ("stal --head stal --budget 0.1 --drop 0.1 --eval-every 5", "--eval-every"),
         ("ripu --pseudo cbst --portion 0.3", ""),
+        ("full --keep-labels --protocol sliding --test-size 64x32", "--test-size"),
+        ("ripu --pixels 4", "--pixels"),
     ],
 )
 def test_options_that_do_nothing_are_named(words, idle, capsys):
@@ -561,6 +577,18 @@ def test_two_runs_are_never_mixed(tiny_world, tmp_path, capsys):
     assert "holds a run already" in capsys.readouterr().err
     assert loop.main(arguments(tiny_world, tmp_path, strategy="source-only", steps=3, resume=True)) == 2
     assert "--steps 2 -> 3" in capsys.readouterr().err
+
+
+def test_lines_after_the_checkpoint_are_written_once(tiny_world, tmp_path, interrupt, monkeypatch):
+    """Also when there is no checkpoint yet, and when the last line was cut."""
+    interrupt("losses_of_step", 3)
+    with pytest.raises(KeyboardInterrupt):
+        loop.main(arguments(tiny_world, tmp_path, strategy="source-only", checkpoint_every=100))
+    monkeypatch.undo()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "losses": {"source": 1}')
+    assert loop.main(arguments(tiny_world, tmp_path, strategy="source-only", checkpoint_every=100, resume=True)) == 0
+    assert [line["step"] for line in metric_lines(tmp_path)] == [2, 4, 6, 8]
 
 
 def test_a_lost_round_is_noticed_on_resume(tiny_world, tmp_path, capsys, interrupt, monkeypatch):
