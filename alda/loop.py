@@ -72,7 +72,7 @@ def adapt_by_queries(s: Settings, out: Path, device: torch.device) -> dict:
     start = run.resume()
     all_there(rounds, schedule, start)
     all_there(pseudo, guesses, start)
-    prior = source_prior(s, source or open_dataset(s.src, s.root), device) if s.pseudo == "cbst-sp" else None
+    prior = source_prior(s, source, device) if s.pseudo == "cbst-sp" else None
     source_batches = None if source is None else batches(s, source, start, stream=1, labels_of=None)
     target_batches = None
 
