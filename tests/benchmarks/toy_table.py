@@ -67,7 +67,7 @@ def adapt(root: Path, method: str, budget: float, seed: int, extra: list[str]) -
     options += (
         [*ADAPT, "--net", "deeplabv3plus", "--budget", str(budget)]
         if strategy != "stal"
-        else ["--lr", "0.003", *STAL[variant]]
+        else ["--steps", "240", "--lr", "0.003", *STAL[variant]]
     )
     options += ["--cbda", variant] if strategy == "cbda" else []
     options += ["--pseudo", pseudo] if pseudo else []
