@@ -64,11 +64,11 @@ def adapt(root: Path, method: str, budget: float, seed: int, extra: list[str]) -
     options = ["--strategy", strategy, "--init", str(start), "--batch-norm", "live", "--seed", str(seed)]
     if strategy in SELF_TRAINING:  # no budget
         return train(root / f"{strategy}-{seed}", options + extra)
-    options += (
-        [*ADAPT, "--net", "deeplabv3plus", "--budget", str(budget)]
-        if strategy != "stal"
-        else ["--steps", "240", "--lr", "0.003", *STAL[variant]]
-    )
+    if strategy == "stal":
+        options += ["--steps", "240", "--lr", "0.003", *STAL[variant]]
+    else:
+        options += [*ADAPT, "--net", "deeplabv3plus"]
+    options += ["--budget", str(budget)] if strategy not in ("full", "ripu-pa") else []  # ripu-pa: 40 pixels an image
     options += ["--cbda", variant] if strategy == "cbda" else []
     options += ["--pseudo", pseudo] if pseudo else []
     return train(root / f"{method.replace(':', '-')}-{budget:g}-{seed}", options + extra)
