@@ -273,7 +273,7 @@ def comparison(runs: list[str], mixed: bool = False) -> list[dict]:
                 if budget["asked"]
                 else None,
                 "pixels asked": budget["asked"],
-                "share of pixels": budget.get("share"),
+                "% of pixels": _percent(budget.get("share")),
                 "images asked": budget["images"],
                 "pixels trained": budget["trained"],
                 "class entropy": round(budget["class_entropy"], 3) if budget["asked"] else None,
@@ -332,24 +332,26 @@ def comparison_picture(runs: list[str], rows: list[dict], path: Path) -> None:
         raise InputError("--plot needs matplotlib: pip install 'alda[plot]'") from None
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    lines: dict[str, list] = {}
+    lines: dict[str, dict] = {}  # name: {budget: [(share, mIoU19) of each seed]}
     for run, row in zip(runs, rows, strict=True):
         result = json.loads((Path(run) / "result.json").read_text())
-        points = [(loop["share"], loop["mIoU19"]) for loop in result.get("loops", [])]
-        points = points or [(row["share of pixels"] or 0.0, result["mIoU19"])]
-        lines.setdefault(f"{row['strategy']}, {row['source']}, {row['network']}", []).extend(points)
-    for name, points in lines.items():
-        shares = sorted({round(share, 4) for share, _ in points})
-        found = [[100 * miou for share, miou in points if round(share, 4) == x] for x in shares]
-        (line,) = axes.plot(
-            [100 * x for x in shares], [sum(y) / len(y) for y in found], "o-", label=name
-        )  # means over seeds
-        axes.plot(
-            [100 * x for x, y in zip(shares, found, strict=True) for _ in y],
-            [v for y in found for v in y],
-            ".",
-            color=line.get_color(),
+        points = {f"loop {loop['loop']}": (loop["share"], loop["mIoU19"]) for loop in result.get("loops", [])}
+        points = points or {f"{row['budget asked for']}": (result["budget"].get("share"), result["mIoU19"])}
+        for budget, point in points.items():
+            if point[0] is None:
+                print(
+                    f"{run}: does not say which share of the pixels it asked (an older version); left out of the picture"
+                )
+                continue
+            line = lines.setdefault(f"{row['strategy']}, {row['source']}, {row['network']}", {})
+            line.setdefault(budget, []).append(point)
+    for name, budgets in lines.items():
+        means = sorted(
+            [100 * sum(values) / len(points) for values in zip(*points, strict=True)] for points in budgets.values()
         )
+        (line,) = axes.plot(*zip(*means, strict=True), "o-", label=name)  # means over seeds; the seeds are dots
+        every = [(100 * share, 100 * miou) for points in budgets.values() for share, miou in points]
+        axes.plot(*zip(*every, strict=True), ".", color=line.get_color())
     axes.set_xlabel("target pixels asked [%]")
     axes.set_ylabel("mIoU19 [%]" + (" (TOY)" if any(row["toy"] for row in rows) else ""))
     axes.set_title("; ".join(sorted({row["protocol"] for row in rows})), fontsize=8)

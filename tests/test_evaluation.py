@@ -215,7 +215,7 @@ def finished(folder, strategy="ripu", miou=0.5, protocol="ripu (64x32)", **more)
 
 
 def test_compare_lays_runs_side_by_side(tmp_path, capsys):
-    loops = [{"share": 0.01, "mIoU19": 0.2}, {"share": 0.05, "mIoU19": 0.4}]
+    loops = [{"loop": 1, "share": 0.01, "mIoU19": 0.2}, {"loop": 2, "share": 0.05, "mIoU19": 0.4}]
     runs = [
         finished(tmp_path / "a"),
         finished(tmp_path / "b", "cbda", 0.6, cbda="both", pseudo="cbst"),
