@@ -14,6 +14,8 @@ Every loss is a scalar; a loss over an empty set of pixels is 0 with zero gradie
 import torch
 import torch.nn.functional as F
 
+from alda.processes import rank_and_number
+
 IGNORE = 255
 
 
@@ -183,9 +185,10 @@ class MemoryBank:
 
 def all_processes(values: torch.Tensor) -> list[torch.Tensor]:
     """The same-shaped tensors of all processes in the order of ranks; [values] in a run of one process."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    _, number = rank_and_number()
+    if number == 1:
         return [values]
-    parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
+    parts = [torch.empty_like(values) for _ in range(number)]
     torch.distributed.all_gather(parts, values.contiguous())
     return parts
 

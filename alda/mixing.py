@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from alda.datasets import SegmentationDataset, TrainingView, class_presence, mix_seed, truth_inside
+from alda.datasets import NUM_CLASSES, SegmentationDataset, TrainingView, class_presence, mix_seed, truth_inside
 from alda.processes import rank_and_number
 from alda.run import transform_of
 from alda.selftraining import COPY_PASTE_CLASSES, ImageBank, class_chances, draw
@@ -49,7 +49,7 @@ class Partners:
             TrainingView(source, transform_of(s, 1), seeds[PASTE]),
             TrainingView(target, transform_of(s, 2), seeds[CUT], partial(truth_inside, target)),
         ]
-        self.presence = class_presence(source, s.workers) if s.copy_paste else np.zeros((1, 19), bool)
+        self.presence = class_presence(source, s.workers) if s.copy_paste else np.zeros((1, NUM_CLASSES), bool)
         self.classes = torch.tensor(COPY_PASTE_CLASSES, device=device)
         self.held = torch.from_numpy(self.presence.any(0)).to(device)[self.classes].float()
         self.kinds = [PASTE] * (s.copy_paste and bool(self.held.any())) + [CUT] * (

@@ -44,6 +44,8 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.nn.functional as F
 
+from alda.processes import add_up
+
 IGNORE = 255
 ROWS = 32  # rows of probabilities worked on at a time, so that products with a prior stay small
 CHUNK = 2**18  # pixels counted at a time
@@ -419,9 +421,7 @@ class ConfidenceBank:
         hits = [labels == c for c in range(len(self.value))]
         sums = torch.stack([(prob[:, c].float() * hit).sum().double() for c, hit in enumerate(hits)])
         sums = torch.cat([sums, torch.stack([hit.sum() for hit in hits])])  # (2C,): sums of p_c, then pixels
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)
-        total, number = sums.chunk(2)
+        total, number = add_up(sums).chunk(2)
         now = self.momentum * self.value + (1 - self.momentum) * (total / number.clamp(min=1)).float()
         self.value = torch.where(number > 0, now, self.value)
 
