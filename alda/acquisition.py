@@ -43,7 +43,9 @@ def region_impurity(prediction: torch.Tensor, num_classes: int, k: int = 1) -> t
     for c in range(num_classes):
         count = box_sum((prediction == c).to(torch.uint8), k).float()
         total += torch.xlogy(count, count)
-    return ((area.log() - total / area) / math.log(num_classes)).clamp_(min=0)  # a pure region is 0, not -1e-8
+    return ((area.log() - total / area) / math.log(num_classes)).clamp_(
+        min=0
+    )  # a pure region is 0, not -1e-8
 
 
 def prediction_uncertainty(prob: torch.Tensor, k: int = 1) -> torch.Tensor:
@@ -79,11 +81,16 @@ def entropy_score(logits: torch.Tensor, k: int = 1) -> torch.Tensor:
 
 def margin_score(logits: torch.Tensor, k: int = 1) -> torch.Tensor:
     """The baseline `margin`: region mean of 1 - (p_1st - p_2nd), (C,H,W) or (N,C,H,W) -> (H,W) or (N,H,W) in [0,1]."""
-    best = torch.cat([strip.float().softmax(-3).topk(2, dim=-3).values for strip in logits.split(ROWS, dim=-2)], dim=-2)
+    best = torch.cat(
+        [strip.float().softmax(-3).topk(2, dim=-3).values for strip in logits.split(ROWS, dim=-2)],
+        dim=-2,
+    )
     return region_mean(1 - (best.select(-3, 0) - best.select(-3, 1)), k)
 
 
-def random_score(shape: tuple[int, int], seed: int, device: torch.device | str = "cpu") -> torch.Tensor:
+def random_score(
+    shape: tuple[int, int], seed: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
     """The baseline `random`: uniform noise in [0,1), (H,W) float32, the same for a seed on every device."""
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
@@ -107,7 +114,9 @@ def entropy_and_prediction(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Te
         for c in range(num_classes - 1, 0, -1):
             first.masked_fill_(z.select(-3, c) == 0, c)
         prediction.append(first.masked_fill_(z.select(-3, 0) == 0, 0))
-    return torch.cat(entropy, -2).div_(math.log(num_classes)).clamp_(min=0), torch.cat(prediction, -2)
+    return torch.cat(entropy, -2).div_(math.log(num_classes)).clamp_(min=0), torch.cat(
+        prediction, -2
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- regions
@@ -121,7 +130,9 @@ def box_sum(values: torch.Tensor, k: int) -> torch.Tensor:
     width = 2 * k + 1
     for dim, largest in ((-1, width), (-2, width * width)):
         if not values.is_floating_point():
-            values = values.to(torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32)
+            values = values.to(
+                torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32
+            )
         values = _window_sum(values, k, dim)
     return values
 
@@ -129,7 +140,9 @@ def box_sum(values: torch.Tensor, k: int) -> torch.Tensor:
 def _window_sum(values: torch.Tensor, k: int, dim: int) -> torch.Tensor:
     """Sums of 2k+1 neighbours along `dim`, from sums of 1, 2, 4, ... neighbours (the binary digits of 2k+1)."""
     length, width = values.shape[dim], 2 * k + 1
-    power = F.pad(values, (k, k) if dim == -1 else (0, 0, k, k))  # sums of `size` neighbours, starting at each pixel
+    power = F.pad(
+        values, (k, k) if dim == -1 else (0, 0, k, k)
+    )  # sums of `size` neighbours, starting at each pixel
     total, offset, size = None, 0, 1
     while True:
         if width & size:
@@ -138,7 +151,9 @@ def _window_sum(values: torch.Tensor, k: int, dim: int) -> torch.Tensor:
             offset += size
         if 2 * size > width:
             return total
-        power = power.narrow(dim, 0, power.shape[dim] - size) + power.narrow(dim, size, power.shape[dim] - size)
+        power = power.narrow(dim, 0, power.shape[dim] - size) + power.narrow(
+            dim, size, power.shape[dim] - size
+        )
         size *= 2
 
 
@@ -187,8 +202,15 @@ def select_regions(
     walk over the sorted list on the host takes every candidate that no earlier pick has blocked. A quarter of them is
     nearly always enough and is tried first.
     """
-    if score.dim() != 2 or count < 0 or block_radius < 0 or (blocked is not None and blocked.shape != score.shape):
-        shapes = f"{tuple(score.shape)}, blocked {None if blocked is None else tuple(blocked.shape)}"
+    if (
+        score.dim() != 2
+        or count < 0
+        or block_radius < 0
+        or (blocked is not None and blocked.shape != score.shape)
+    ):
+        shapes = (
+            f"{tuple(score.shape)}, blocked {None if blocked is None else tuple(blocked.shape)}"
+        )
         raise ValueError(
             f"needs one (H,W) score, blocked alike, count and radius at least 0; got {shapes}, {count}, {block_radius}"
         )
@@ -225,7 +247,9 @@ def _best_first(values: np.ndarray, width: int, number: int) -> np.ndarray:
 
 def _walk(candidates: np.ndarray, height: int, width: int, count: int, radius: int) -> np.ndarray:
     """The sequential greedy over candidates (flat indices, best first): (n,2) int64."""
-    stride = width + radius  # a margin to the right catches what the block of the last columns writes beyond the row
+    stride = (
+        width + radius
+    )  # a margin to the right catches what the block of the last columns writes beyond the row
     rows, cols = np.divmod(candidates, width)
     taken = bytearray((height + 2 * radius) * stride + 2 * radius)
     block = b"\1" * (2 * radius + 1)
@@ -244,7 +268,9 @@ def _walk(candidates: np.ndarray, height: int, width: int, count: int, radius: i
 # ------------------------------------------------------------------------------------------------------------------ CBDA
 
 
-def class_weights(counts: torch.Tensor, budget: int, target: torch.Tensor | None = None) -> torch.Tensor:
+def class_weights(
+    counts: torch.Tensor, budget: int, target: torch.Tensor | None = None
+) -> torch.Tensor:
     """CBDA's class balance: w_c = max(0, 1 - n_c / (t_c B)), (C,) float64.
 
     `counts` (C,) are the labelled pixels n_c of each class from earlier rounds, `budget` is B, all pixels that may be asked
@@ -259,14 +285,20 @@ def class_weights(counts: torch.Tensor, budget: int, target: torch.Tensor | None
     counts = torch.as_tensor(counts).double()
     target = torch.ones_like(counts) if target is None else torch.as_tensor(target).double()
     if budget < 1 or (counts < 0).any():
-        raise ValueError(f"budget must be at least 1 pixel and counts at least 0, got {budget} and {counts.tolist()}")
+        raise ValueError(
+            f"budget must be at least 1 pixel and counts at least 0, got {budget} and {counts.tolist()}"
+        )
     if target.shape != counts.shape or (target < 0).any() or target.sum() == 0:
-        raise ValueError(f"target must hold {len(counts)} shares, none negative, not all 0; got {target.tolist()}")
+        raise ValueError(
+            f"target must hold {len(counts)} shares, none negative, not all 0; got {target.tolist()}"
+        )
     share = target / target.sum() * budget
     return torch.where(share > 0, (1 - counts / share.clamp(min=1e-12)).clamp(min=0), 0.0)
 
 
-def class_balanced(score: torch.Tensor, prediction: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def class_balanced(
+    score: torch.Tensor, prediction: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
     """A pixel predicted as c is ranked by w_c * score: score and prediction (...,H,W), weights (C,) -> (...,H,W) float32."""
     return score * weights.to(score.device, torch.float32)[prediction.long()]
 
@@ -304,8 +336,14 @@ class GlobalBudget:
         values = scores.detach().float().cpu().numpy() + np.float32(0)  # a copy; -0 becomes 0
         if image_id in self.images:
             raise ValueError(f"image {image_id!r} was added already")
-        if len(values) != len(centres) or not (values > -math.inf).all() or (np.diff(values) > 0).any():
-            raise ValueError(f"image {image_id!r}: needs one finite score per centre, the best first")
+        if (
+            len(values) != len(centres)
+            or not (values > -math.inf).all()
+            or (np.diff(values) > 0).any()
+        ):
+            raise ValueError(
+                f"image {image_id!r}: needs one finite score per centre, the best first"
+            )
         self.images[image_id] = (values, centres.cpu().numpy().astype(np.int32).reshape(-1, 2))
         if sum(len(values) for values, _ in self.images.values()) > 2 * self.count:
             self.floor = self._keep_best(lambda number: number, lambda items: items)
@@ -330,17 +368,25 @@ class GlobalBudget:
         image's picks, so what an image keeps is the beginning of its list.
         """
         wanted = min(self.count, total(sum(len(values) for values, _ in self.images.values())))
-        low, high = -(2**31), 2**31 - 1  # bisects for the largest score that at least `wanted` picks reach
+        low, high = (
+            -(2**31),
+            2**31 - 1,
+        )  # bisects for the largest score that at least `wanted` picks reach
         while wanted and low < high:
             middle = (low + high + 1) // 2
-            reached = total(sum(_at_least(values, _float(middle)) for values, _ in self.images.values()))
+            reached = total(
+                sum(_at_least(values, _float(middle)) for values, _ in self.images.values())
+            )
             low, high = (middle, high) if reached >= wanted else (low, middle - 1)
         value = _float(low) if wanted else np.float32(math.inf)
         above = {
             name: _at_least(values, np.nextafter(value, np.float32(math.inf)))
             for name, (values, _) in self.images.items()
         }
-        ties = [(name, _at_least(values, value) - above[name]) for name, (values, _) in self.images.items()]
+        ties = [
+            (name, _at_least(values, value) - above[name])
+            for name, (values, _) in self.images.items()
+        ]
         spare = wanted - total(sum(above.values()))
         for name, number in _in_turns(sorted(gather([tie for tie in ties if tie[1]])), spare):
             if name in above:
@@ -357,7 +403,9 @@ def _in_turns(ties: list[tuple], spare: int) -> list[tuple]:
     low, high = 0, int(numbers.max(initial=0))  # bisects for the most full turns that fit
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if np.minimum(numbers, middle).sum() <= spare else (low, middle - 1)
+        low, high = (
+            (middle, high) if np.minimum(numbers, middle).sum() <= spare else (low, middle - 1)
+        )
     granted = np.minimum(numbers, low)
     left = np.flatnonzero(numbers > low)[: spare - int(granted.sum())]
     granted[left] += 1
@@ -371,7 +419,11 @@ def _at_least(values: np.ndarray, value: np.float32) -> int:
 
 def _float(key: int) -> np.float32:
     """The float32 whose place in the order of all float32 is `key` (an int32): lets a threshold be bisected exactly."""
-    return np.array(key if key >= 0 else key ^ 0x7FFFFFFF, np.int64).astype(np.int32).view(np.float32)[()]
+    return (
+        np.array(key if key >= 0 else key ^ 0x7FFFFFFF, np.int64)
+        .astype(np.int32)
+        .view(np.float32)[()]
+    )
 
 
 def _distributed() -> bool:
@@ -421,9 +473,13 @@ def split_by_group(sizes: dict, count: int) -> dict:
         raise ValueError(
             f"cannot ask for {count} of {total} remaining images ({sizes}); ask for at most as many as remain"
         )
-    shares = {group: divmod(count * size, max(total, 1)) for group, size in sizes.items()}  # (whole, remainder * total)
+    shares = {
+        group: divmod(count * size, max(total, 1)) for group, size in sizes.items()
+    }  # (whole, remainder * total)
     quotas = {group: whole for group, (whole, _) in shares.items()}
-    largest = sorted(shares, key=lambda group: -shares[group][1])  # a stable sort: ties keep the order of `sizes`
+    largest = sorted(
+        shares, key=lambda group: -shares[group][1]
+    )  # a stable sort: ties keep the order of `sizes`
     for group in largest[: count - sum(quotas.values())]:
         quotas[group] += 1
     return quotas

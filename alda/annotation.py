@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from alda.datasets import IGNORE, NAMES, NUM_CLASSES, SegmentationDataset, resize_labels
-from alda.errors import InputError
+from alda import IGNORE, InputError
+from alda.datasets import NAMES, NUM_CLASSES, SegmentationDataset, resize_labels
 
 
 def ground_truth(dataset: SegmentationDataset, index: int):
@@ -31,7 +31,9 @@ def ground_truth(dataset: SegmentationDataset, index: int):
     """
 
     def answer(asked: torch.Tensor) -> torch.Tensor:
-        return torch.where(asked.cpu(), dataset.labels(index), torch.tensor(IGNORE, dtype=torch.uint8))
+        return torch.where(
+            asked.cpu(), dataset.labels(index), torch.tensor(IGNORE, dtype=torch.uint8)
+        )
 
     return answer
 
@@ -44,7 +46,9 @@ class Rounds:
 
     def complete(self) -> int:
         """How many rounds stand. Raises InputError when their numbers have a gap (a folder was removed by hand)."""
-        numbers = sorted(int(p.name) for p in self.folder.glob("[0-9][0-9]*") if p.is_dir() and p.name.isdigit())
+        numbers = sorted(
+            int(p.name) for p in self.folder.glob("[0-9][0-9]*") if p.is_dir() and p.name.isdigit()
+        )
         if numbers != list(range(1, len(numbers) + 1)):
             raise InputError(
                 f"{self.folder}: rounds {numbers} have a gap; restore the missing folder or start with a new --out"
@@ -68,7 +72,9 @@ class Rounds:
             mask |= read_map(self.path(number) / "queries" / f"{image_id}.png", shape, 0) == 255
         return mask
 
-    def labels(self, image_id: str, shape: tuple[int, int], upto: int | None = None) -> torch.Tensor:
+    def labels(
+        self, image_id: str, shape: tuple[int, int], upto: int | None = None
+    ) -> torch.Tensor:
         """The answers of rounds 1..upto (default: all) in one map, (H,W) uint8 train ids, 255 = no label."""
         union = torch.full(tuple(shape), IGNORE, dtype=torch.uint8)
         for number in range(1, self._upto(upto) + 1):
@@ -121,7 +127,9 @@ class NewRound:
         write_map(self.work / "queries" / f"{image_id}.png", asked.to(torch.uint8) * 255)
         write_map(self.work / "answers" / f"{image_id}.png", answers)
         labelled = int((answers != IGNORE).sum())
-        self.classes += torch.bincount(answers.flatten().long(), minlength=256)[:NUM_CLASSES].numpy()
+        self.classes += torch.bincount(answers.flatten().long(), minlength=256)[
+            :NUM_CLASSES
+        ].numpy()
         trained = int((resize_labels(answers, training_size, keep_labels) != IGNORE).sum())
         self.images[image_id] = {
             "asked": int(asked.sum()),
@@ -138,14 +146,16 @@ class NewRound:
 
     def record(self) -> dict:
         total = {
-            key: sum(row[key] for row in self.images.values()) for key in ("asked", "labelled", "trained", "regions")
+            key: sum(row[key] for row in self.images.values())
+            for key in ("asked", "labelled", "trained", "regions")
         }
         for row in self.images.values():
             row["share"] = row["asked"] / max(1, total["asked"])  # of what this round asked
         return {
             "asked": total["asked"],  # pixels
             "labelled": total["labelled"],  # of those, pixels with a class
-            "ignored": total["asked"] - total["labelled"],  # of those, pixels that the truth leaves out
+            "ignored": total["asked"]
+            - total["labelled"],  # of those, pixels that the truth leaves out
             "trained": total["trained"],  # labelled cells after resizing to the training size
             "regions": total["regions"],  # picks
             "classes": dict(zip(NAMES, self.classes.tolist(), strict=True)),
@@ -164,7 +174,9 @@ def ledger(records: list[dict]) -> dict:
     total["images"] = len({image for r in records for image in r["images"]})
     total["classes"] = {name: sum(r["classes"][name] for r in records) for name in NAMES}
     share = torch.tensor([*total["classes"].values()]).double() / max(1, total["labelled"])
-    total["class_entropy"] = (torch.special.entr(share).sum() / math.log(NUM_CLASSES)).item()  # 1: all classes alike
+    total["class_entropy"] = (
+        torch.special.entr(share).sum() / math.log(NUM_CLASSES)
+    ).item()  # 1: all classes alike
     return total
 
 

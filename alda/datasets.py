@@ -23,11 +23,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.io import ImageReadMode, decode_image
 
-from alda.errors import InputError
+from alda import IGNORE, InputError
 
-IGNORE = 255
 NO_TRUTH = 254  # in the truth of an unlabelled image: nobody knows this pixel's class; 255 is what a crop adds outside
-PSEUDO = 100  # in a training label map, 100 + c is a pseudo-label of class c: nobody was asked for it
+PSEUDO = (
+    100  # in a training label map, 100 + c is a pseudo-label of class c: nobody was asked for it
+)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -68,7 +69,10 @@ SYNTHIA_13 = tuple(i for i in SYNTHIA_16 if NAMES[i] not in ("wall", "fence", "p
 CLASS_SETS = {"19": tuple(range(NUM_CLASSES)), "16": SYNTHIA_16, "13": SYNTHIA_13}
 
 _UNKNOWN = 254  # marks ids that no dataset defines, so that a wrong file is an error and not 19 classes of ignore
-_LARGEST_ID = {"cityscapes": 34, "synthia": 22}  # Cityscapes and GTA5 define 0..33 and the licence plate (34)
+_LARGEST_ID = {
+    "cityscapes": 34,
+    "synthia": 22,
+}  # Cityscapes and GTA5 define 0..33 and the licence plate (34)
 
 
 def id_map(space: str) -> np.ndarray:
@@ -120,7 +124,9 @@ def read_image(path: Path) -> torch.Tensor:
     """The image as (3,H,W) uint8 RGB. Raises InputError naming a missing, unreadable or truncated file."""
     try:
         with Image.open(path) as picture:
-            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)  # (H,W,3) -> (3,H,W)
+            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(
+                2, 0, 1
+            )  # (H,W,3) -> (3,H,W)
     except (OSError, SyntaxError) as error:
         raise InputError(
             f"{path}: cannot be read as an image ({_first_line(error)}); copy it again or remove it"
@@ -140,7 +146,9 @@ def read_label(path: Path, space: str) -> torch.Tensor:
             raw = decode_image(str(path), ImageReadMode.UNCHANGED)
             if raw.dtype != torch.uint16 or raw.shape[0] < 3:
                 kind = f"{raw.shape[0]} channels of {raw.dtype}"
-                raise InputError(f"{path}: expected a 16-bit RGB PNG (SYNTHIA's GT/LABELS), found {kind}")
+                raise InputError(
+                    f"{path}: expected a 16-bit RGB PNG (SYNTHIA's GT/LABELS), found {kind}"
+                )
             ids = raw[0].numpy()
         else:
             with Image.open(path) as picture:
@@ -212,9 +220,12 @@ def open_dataset(name: str, root: str | Path, split: str = "train") -> Segmentat
     if name not in _WHERE:
         raise InputError(f"unknown dataset {name!r}; known: {', '.join(_WHERE)}")
     base = Path(root) / name
-    found = {"gta5": _list_flat, "synthia": _list_flat, "cityscapes": _list_cityscapes, "acdc": _list_acdc}[name](
-        base, split
-    )
+    found = {
+        "gta5": _list_flat,
+        "synthia": _list_flat,
+        "cityscapes": _list_cityscapes,
+        "acdc": _list_acdc,
+    }[name](base, split)
     if not found:
         content, url = _WHERE[name]
         raise InputError(
@@ -232,14 +243,24 @@ def open_dataset(name: str, root: str | Path, split: str = "train") -> Segmentat
 
 def _list_flat(base: Path, split: str) -> list[tuple]:
     images, labels = ("images", "labels") if base.name == "gta5" else ("RGB", "GT/LABELS")
-    return [(p.stem, p, base / labels / p.name, base.name) for p in sorted((base / images).glob("*.png"))]
+    return [
+        (p.stem, p, base / labels / p.name, base.name)
+        for p in sorted((base / images).glob("*.png"))
+    ]
 
 
 def _list_cityscapes(base: Path, split: str) -> list[tuple]:
     found = []
     for image in sorted((base / "leftImg8bit" / split).glob("*/*_leftImg8bit.png")):
         stem, city = image.name.removesuffix("_leftImg8bit.png"), image.parent.name
-        found.append((stem, image, _pick_label(base / "gtFine" / split / city, f"{stem}_gtFine", split), city))
+        found.append(
+            (
+                stem,
+                image,
+                _pick_label(base / "gtFine" / split / city, f"{stem}_gtFine", split),
+                city,
+            )
+        )
     return found
 
 
@@ -272,7 +293,8 @@ def _same_size_only(found: list[tuple]) -> list[Sample]:
     if dropped:
         names = ", ".join(dropped[:10]) + (", ..." if len(dropped) > 10 else "")
         print(
-            f"warning: left out {len(dropped)} of {len(found)} images whose label has another size: {names}", flush=True
+            f"warning: left out {len(dropped)} of {len(found)} images whose label has another size: {names}",
+            flush=True,
         )
     if not kept:
         raise InputError(
@@ -313,8 +335,12 @@ def resize_labels(labels: torch.Tensor, size: tuple[int, int], keep: bool = Fals
         return small
     rows, cols = (labels < PSEUDO).nonzero(as_tuple=True)
     height, width = labels.shape
-    cell = ((2 * rows + 1) * size[0] // (2 * height)) * size[1] + (2 * cols + 1) * size[1] // (2 * width)
-    order = torch.arange(len(cell)).flip(0)  # numpy keeps the last value written: write backwards, the first wins
+    cell = ((2 * rows + 1) * size[0] // (2 * height)) * size[1] + (2 * cols + 1) * size[1] // (
+        2 * width
+    )
+    order = torch.arange(len(cell)).flip(
+        0
+    )  # numpy keeps the last value written: write backwards, the first wins
     filled = np.full(size[0] * size[1], IGNORE, np.uint8)
     filled[cell[order].numpy()] = labels[rows, cols][order].numpy()
     bought = torch.from_numpy(filled).view(*size)
@@ -331,18 +357,27 @@ class JointTransform:
 
     size: tuple[int, int] | None = None  # (H, W) to resize to; None keeps the file's size
     scale: tuple[float, float] = (1.0, 1.0)  # range of a random further scaling
-    crop: tuple[int, int] | None = None  # (H, W) of a random crop, padded where the image is smaller
+    crop: tuple[int, int] | None = (
+        None  # (H, W) of a random crop, padded where the image is smaller
+    )
     flip: bool = False  # mirror left and right with probability 0.5
     keep_labels: bool = False  # see resize_labels
-    crop_at: Callable | None = None  # (labels (h,w), crop=, generator=) -> (top, left), or None for a random place
+    crop_at: Callable | None = (
+        None  # (labels (h,w), crop=, generator=) -> (top, left), or None for a random place
+    )
 
-    def __call__(self, image, labels, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, image, labels, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         height, width = self.size or image.shape[-2:]
         if self.scale != (1.0, 1.0):
             low, high = self.scale
             factor = low + (high - low) * torch.rand((), generator=generator).item()
             height, width = round(height * factor), round(width * factor)
-        image, labels = resize_image(image, (height, width)), resize_labels(labels, (height, width), self.keep_labels)
+        image, labels = (
+            resize_image(image, (height, width)),
+            resize_labels(labels, (height, width), self.keep_labels),
+        )
         image = normalise(image)
         if self.crop:
             image, labels = self._crop(image, labels, generator)
@@ -352,7 +387,9 @@ class JointTransform:
 
     def _crop(self, image, labels, generator):
         """A window of size `crop`, at a place that `crop_at` chooses or at a random one; smaller images are padded first."""
-        pad_h, pad_w = (max(0, crop - have) for crop, have in zip(self.crop, labels.shape, strict=True))
+        pad_h, pad_w = (
+            max(0, crop - have) for crop, have in zip(self.crop, labels.shape, strict=True)
+        )
         if pad_h or pad_w:  # 0 is the mean colour: the image is normalised already
             image = torch.nn.functional.pad(image, (0, pad_w, 0, pad_h))
             labels = torch.nn.functional.pad(labels, (0, pad_w, 0, pad_h), value=IGNORE)
@@ -402,7 +439,9 @@ class TrainingView(Dataset):
     labels ((H,W) uint8; for queried targets: the union of the answers so far).
     """
 
-    def __init__(self, dataset: SegmentationDataset, transform: JointTransform, seed: int, labels_of=None):
+    def __init__(
+        self, dataset: SegmentationDataset, transform: JointTransform, seed: int, labels_of=None
+    ):
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.labels_of = labels_of or dataset.labels
 
@@ -441,7 +480,9 @@ class Mixture(Dataset):
 
 def mix_seed(*parts: int) -> int:
     """One 63-bit seed from several integers; different parts give unrelated streams (numpy's SeedSequence)."""
-    return int(np.random.SeedSequence([p & 0xFFFFFFFF for p in parts]).generate_state(1, np.uint64)[0] >> 1)
+    return int(
+        np.random.SeedSequence([p & 0xFFFFFFFF for p in parts]).generate_state(1, np.uint64)[0] >> 1
+    )
 
 
 class EndlessSampler(Sampler):
@@ -453,14 +494,31 @@ class EndlessSampler(Sampler):
     class-balanced order of `balanced_order`.
     """
 
-    def __init__(self, length: int, seed: int, rank: int = 0, world: int = 1, presence: np.ndarray | None = None):
-        self.length, self.seed, self.rank, self.world, self.presence = length, seed, rank, world, presence
+    def __init__(
+        self,
+        length: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        presence: np.ndarray | None = None,
+    ):
+        self.length, self.seed, self.rank, self.world, self.presence = (
+            length,
+            seed,
+            rank,
+            world,
+            presence,
+        )
         self.position = 0  # draws of all processes together before the next one
 
     def order(self, number: int) -> np.ndarray:
         """The image indices of pass `number`, int64."""
         rng = np.random.default_rng([self.seed, number])
-        return rng.permutation(self.length) if self.presence is None else balanced_order(self.presence, rng)
+        return (
+            rng.permutation(self.length)
+            if self.presence is None
+            else balanced_order(self.presence, rng)
+        )
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         number, order, start = -1, np.empty(0, np.int64), 0
@@ -480,7 +538,9 @@ class EndlessSampler(Sampler):
         self.position = state["position"]
 
 
-def balanced_order(presence: np.ndarray, rng: np.random.Generator, sub_epoch: int = 3000) -> np.ndarray:
+def balanced_order(
+    presence: np.ndarray, rng: np.random.Generator, sub_epoch: int = 3000
+) -> np.ndarray:
     """One sub-epoch of class-balanced source images (RIPU's official code; the paper is silent): indices, int64.
 
     A class is drawn with probability proportional to 1 / log(1.01 + its share of the draws so far), then an image that
@@ -492,7 +552,9 @@ def balanced_order(presence: np.ndarray, rng: np.random.Generator, sub_epoch: in
     target = min(sub_epoch, int(presence.any(1).sum()))
     while len(order) < target:
         share = drawn / max(1.0, drawn.sum())
-        weight = np.array([1 / math.log(1.01 + s) if q else 0.0 for s, q in zip(share, queues, strict=True)])
+        weight = np.array(
+            [1 / math.log(1.01 + s) if q else 0.0 for s, q in zip(share, queues, strict=True)]
+        )
         c = int(rng.choice(classes, p=weight / weight.sum()))
         while queues[c] and used[queues[c][-1]]:
             queues[c].pop()
@@ -518,4 +580,7 @@ class _Presence(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.bincount(self.dataset.labels(index).flatten().long(), minlength=256)[:NUM_CLASSES] > 0
+        return (
+            torch.bincount(self.dataset.labels(index).flatten().long(), minlength=256)[:NUM_CLASSES]
+            > 0
+        )

@@ -43,7 +43,7 @@ import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from alda.errors import InputError
+from alda import InputError
 
 BACKBONES = {
     "resnet18": 1,
@@ -71,14 +71,20 @@ def _norm_layer(batch_norm):
 
 def _conv_norm(inputs, outputs, kernel, norm, dilation=1, bias=False):
     """Convolution, normalisation, ReLU at stride 1, size kept."""
-    conv = nn.Conv2d(inputs, outputs, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=bias)
+    conv = nn.Conv2d(
+        inputs, outputs, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=bias
+    )
     return nn.Sequential(conv, norm(outputs), nn.ReLU(inplace=True))
 
 
 def _separable(inputs, outputs, norm, dilation=1):
     """A 3x3 convolution within each channel, then a 1x1 across channels, each with normalisation and ReLU."""
-    depthwise = nn.Conv2d(inputs, inputs, 3, padding=dilation, dilation=dilation, groups=inputs, bias=False)
-    return nn.Sequential(depthwise, norm(inputs), nn.ReLU(inplace=True), *_conv_norm(inputs, outputs, 1, norm))
+    depthwise = nn.Conv2d(
+        inputs, inputs, 3, padding=dilation, dilation=dilation, groups=inputs, bias=False
+    )
+    return nn.Sequential(
+        depthwise, norm(inputs), nn.ReLU(inplace=True), *_conv_norm(inputs, outputs, 1, norm)
+    )
 
 
 def _small_head(inputs, outputs, depth, norm):
@@ -127,7 +133,9 @@ class Backbone(nn.Module):
         if len(multi_grid) != 3:
             raise InputError(f"multi_grid is three factors, not {multi_grid!r}")
         if name == "resnet18" and (stem == "deep" or caffe):
-            raise InputError("stem 'deep' and caffe=True exist on resnet50 and resnet101 only, not on resnet18")
+            raise InputError(
+                "stem 'deep' and caffe=True exist on resnet50 and resnet101 only, not on resnet18"
+            )
         norm = _norm_layer(batch_norm)
         net = torchvision.models.get_model(name, weights=None, norm_layer=norm)
         if stem == "deep":
@@ -139,7 +147,12 @@ class Backbone(nn.Module):
         self.widths = tuple(BACKBONES[name] * k for k in (64, 256, 512))
         self.conv1, self.bn1, self.relu = net.conv1, net.bn1, net.relu
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=stem == "deep" or caffe)
-        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            net.layer1,
+            net.layer2,
+            net.layer3,
+            net.layer4,
+        )
 
     def forward(self, images):
         low = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(images)))))
@@ -170,7 +183,9 @@ class _ImagePool(nn.Module):
 
     def forward(self, features):
         if self.training and len(features) == 1 and isinstance(self.conv[1], nn.BatchNorm2d):
-            raise InputError("DeepLabV3+ with live batch norm needs 2 images a batch or more to train (image pooling)")
+            raise InputError(
+                "DeepLabV3+ with live batch norm needs 2 images a batch or more to train (image pooling)"
+            )
         pooled = self.conv(features.mean((2, 3), keepdim=True))  # (N,K,h,w) -> (N,K,1,1)
         return pooled.expand(-1, -1, *features.shape[2:])  # (N,K,1,1) -> (N,K,h,w)
 
@@ -184,7 +199,9 @@ class _ASPP(nn.Module):
         self.project = _conv_norm(len(branches) * width, width, 3, norm)
 
     def forward(self, features):
-        return self.project(torch.cat([branch(features) for branch in self.branches], dim=1))  # (N,5K,h,w) -> (N,K,h,w)
+        return self.project(
+            torch.cat([branch(features) for branch in self.branches], dim=1)
+        )  # (N,5K,h,w) -> (N,K,h,w)
 
 
 class _SumOfBranches(nn.Module):
@@ -192,7 +209,9 @@ class _SumOfBranches(nn.Module):
 
     def __init__(self, inputs, num_classes):
         super().__init__()
-        self.branches = nn.ModuleList(nn.Conv2d(inputs, num_classes, 3, padding=r, dilation=r) for r in (6, 12, 18, 24))
+        self.branches = nn.ModuleList(
+            nn.Conv2d(inputs, num_classes, 3, padding=r, dilation=r) for r in (6, 12, 18, 24)
+        )
         for branch in self.branches:
             nn.init.normal_(branch.weight, std=0.01)
 
@@ -219,12 +238,25 @@ class DeepLabV2(nn.Module):
     """
 
     def __init__(
-        self, num_classes=19, backbone="resnet101", batch_norm="frozen", representation=0, auxiliary=False, **trunk
+        self,
+        num_classes=19,
+        backbone="resnet101",
+        batch_norm="frozen",
+        representation=0,
+        auxiliary=False,
+        **trunk,
     ):
         super().__init__()
         self.backbone = Backbone(backbone, batch_norm, **trunk)
         self.classifier = _SumOfBranches(self.backbone.widths[2], num_classes)
-        _add_extras(self, self.backbone.widths[2], num_classes, representation, auxiliary, _norm_layer(batch_norm))
+        _add_extras(
+            self,
+            self.backbone.widths[2],
+            num_classes,
+            representation,
+            auxiliary,
+            _norm_layer(batch_norm),
+        )
         self.description = f"DeepLabV2 ({backbone}, {num_classes} classes, {batch_norm} batch norm)"
 
     def forward(self, images, extras=False):
@@ -258,18 +290,27 @@ class DeepLabV3Plus(nn.Module):
         norm = _norm_layer(batch_norm)
         self.backbone = Backbone(backbone, batch_norm, **trunk)
         self.dense = aspp == "dense"
-        fused = self._dense_head(num_classes, norm) if self.dense else self._separable_head(num_classes, norm)
+        fused = (
+            self._dense_head(num_classes, norm)
+            if self.dense
+            else self._separable_head(num_classes, norm)
+        )
         _add_extras(self, fused, num_classes, representation, auxiliary, norm)
         self.description = f"DeepLabV3Plus ({backbone}, {num_classes} classes, {batch_norm} batch norm, aspp {aspp})"
 
     def _separable_head(self, num_classes, norm, width=512, detail=48):
         """RIPU's head (core/models/classifier.py); returns the number of features its decoder reads."""
         low, _, deep = self.backbone.widths
-        branches = [_conv_norm(deep, width, 1, norm), *(_separable(deep, width, norm, r) for r in (6, 12, 18))]
+        branches = [
+            _conv_norm(deep, width, 1, norm),
+            *(_separable(deep, width, norm, r) for r in (6, 12, 18)),
+        ]
         self.aspp = _ASPP([*branches, _ImagePool(deep, width, norm)], width, norm)
         self.shortcut = _conv_norm(low, detail, 1, norm)
         decoder = [_separable(width + detail, width, norm), _separable(width, width, norm)]
-        self.classifier = nn.Sequential(*decoder, nn.Dropout2d(DROPOUT), nn.Conv2d(width, num_classes, 1))
+        self.classifier = nn.Sequential(
+            *decoder, nn.Dropout2d(DROPOUT), nn.Conv2d(width, num_classes, 1)
+        )
         for part in (self.aspp, self.shortcut, self.classifier):
             for conv in [m for m in part.modules() if isinstance(m, nn.Conv2d)]:
                 nn.init.kaiming_normal_(conv.weight)  # detail 4
@@ -278,7 +319,10 @@ class DeepLabV3Plus(nn.Module):
     def _dense_head(self, num_classes, norm, width=HIDDEN, detail=256):
         """STAL's head (stal/models/decoder.py); returns the number of features its decoder reads."""
         low, _, deep = self.backbone.widths
-        branches = [_conv_norm(deep, width, 1, norm), *(_conv_norm(deep, width, 3, norm, r) for r in (12, 24, 36))]
+        branches = [
+            _conv_norm(deep, width, 1, norm),
+            *(_conv_norm(deep, width, 3, norm, r) for r in (12, 24, 36)),
+        ]
         self.aspp = _ASPP([_ImagePool(deep, width, norm), *branches], width, norm)
         self.aspp.project.append(nn.Dropout2d(DROPOUT))
         self.shortcut = _conv_norm(low, detail, 1, norm, bias=True)
@@ -289,14 +333,20 @@ class DeepLabV3Plus(nn.Module):
         low, middle, deep = self.backbone(images)
         detail = self.shortcut(low)  # (N,48,H/4,W/4) or (N,256,H/4,W/4)
         context = upsample(self.aspp(deep), low.shape[2:])  # (N,K,H/8,W/8) -> (N,K,H/4,W/4)
-        features = torch.cat((detail, context) if self.dense else (context, detail), dim=1)  # detail 5
+        features = torch.cat(
+            (detail, context) if self.dense else (context, detail), dim=1
+        )  # detail 5
         return _outputs(self, features, middle, extras)
 
 
 def _add_extras(model, features, num_classes, representation, auxiliary, norm):
     """Give a network its representation and auxiliary heads, or None."""
-    model.representation = _small_head(features, representation, 2, norm) if representation else None
-    model.auxiliary = _small_head(model.backbone.widths[1], num_classes, 1, norm) if auxiliary else None
+    model.representation = (
+        _small_head(features, representation, 2, norm) if representation else None
+    )
+    model.auxiliary = (
+        _small_head(model.backbone.widths[1], num_classes, 1, norm) if auxiliary else None
+    )
 
 
 def _outputs(model, features, middle, extras):
@@ -308,7 +358,15 @@ def _outputs(model, features, middle, extras):
     return logits, representation, model.auxiliary(middle) if model.auxiliary is not None else None
 
 
-def build(net, backbone="resnet101", num_classes=19, batch_norm="frozen", init="imagenet", which="model", **network):
+def build(
+    net,
+    backbone="resnet101",
+    num_classes=19,
+    batch_norm="frozen",
+    init="imagenet",
+    which="model",
+    **network,
+):
     """A network with its starting weights, on the CPU, in train mode.
 
     net      "deeplabv2" or "deeplabv3plus"; `network` holds further arguments of DeepLabV2 or DeepLabV3Plus
@@ -322,12 +380,21 @@ def build(net, backbone="resnet101", num_classes=19, batch_norm="frozen", init="
     if net not in classes:
         raise InputError(f"unknown network {net!r}; there are {', '.join(classes)}")
     if init == "none" and batch_norm == "frozen":
-        raise InputError("frozen batch norm needs loaded weights: random ones (init 'none') need batch norm 'live'")
+        raise InputError(
+            "frozen batch norm needs loaded weights: random ones (init 'none') need batch norm 'live'"
+        )
     if init == "imagenet" and network.get("stem") == "deep":
-        raise InputError("torchvision has no ImageNet weights for stem 'deep': init is 'none' or a file")
+        raise InputError(
+            "torchvision has no ImageNet weights for stem 'deep': init is 'none' or a file"
+        )
     model = classes[net](num_classes, backbone, batch_norm, **network)
     if init == "imagenet":
-        _fill(model, _imagenet_weights(backbone), "backbone.", f"torchvision's ImageNet weights of {backbone}")
+        _fill(
+            model,
+            _imagenet_weights(backbone),
+            "backbone.",
+            f"torchvision's ImageNet weights of {backbone}",
+        )
     elif init != "none":
         load_checkpoint(model, init, which)
     return model
@@ -344,7 +411,10 @@ def parameter_groups(model, lr, head_factor=10.0):
         if parameter.requires_grad:
             parts[name.startswith("backbone.")].append(parameter)
     groups = [("backbone", parts[True], 1.0), ("head", parts[False], head_factor)]
-    return [{"name": name, "params": params, "lr": lr * factor, "factor": factor} for name, params, factor in groups]
+    return [
+        {"name": name, "params": params, "lr": lr * factor, "factor": factor}
+        for name, params, factor in groups
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------------- weights
@@ -372,7 +442,10 @@ STAL_NAMES = (
     (r"^decoder\.(classifier|representation)\.", r"\1."),
     (r"^auxor\.aux\.", "auxiliary."),
 )
-CRST_NAMES = ((r"^layer5\.conv2d_list\.", "classifier.branches."), (r"^(?!classifier\.)", "backbone."))
+CRST_NAMES = (
+    (r"^layer5\.conv2d_list\.", "classifier.branches."),
+    (r"^(?!classifier\.)", "backbone."),
+)
 TORCHVISION_NAMES = ((r"^fc\..*", ""), (r"^(?=.)", "backbone."))
 
 
@@ -423,23 +496,37 @@ def load_checkpoint(model, path, which="model"):
 def read(path):
     """The dictionary in a torch file, read without running any code of the file. Raises InputError."""
     if not os.path.isfile(path):
-        raise InputError(f"no file {path}: expected a checkpoint of this package, RIPU, STAL, CRST or torchvision")
+        raise InputError(
+            f"no file {path}: expected a checkpoint of this package, RIPU, STAL, CRST or torchvision"
+        )
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:  # a NumPy scalar, perhaps: STAL's files hold their best mIoU as one
+        except (
+            pickle.UnpicklingError
+        ):  # a NumPy scalar, perhaps: STAL's files hold their best mIoU as one
             scalar = np.float64(0).__reduce__()[0]  # NumPy's own maker of scalars; NumPy 2 moved it
             names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
             kinds = [type(np.dtype(kind)) for kind in ("float32", "float64", "int64")]
             with torch.serialization.safe_globals([*names, np.dtype, *kinds]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError) as error:
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+        AttributeError,
+    ) as error:
         kind = type(error).__name__
         raise InputError(
             f"{path} is no torch checkpoint of tensors and plain values ({kind}): is it another file?"
         ) from error
     if not isinstance(content, dict) or not content:
-        raise InputError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors")
+        raise InputError(
+            f"{path} holds a {type(content).__name__}, expected a dictionary of tensors"
+        )
     return content
 
 
@@ -448,7 +535,9 @@ def _state_of(content, which, path):
 
     def part(key):
         if not isinstance(content.get(key), dict):
-            raise InputError(f"{path} holds no {key!r}, only {', '.join(map(str, list(content)[:10]))}")
+            raise InputError(
+                f"{path} holds no {key!r}, only {', '.join(map(str, list(content)[:10]))}"
+            )
         return content[key]
 
     if "model_state" in content or "teacher_state" in content:
@@ -464,7 +553,9 @@ def _state_of(content, which, path):
         return "crst", _rename(content, CRST_NAMES)
     if "layer4" in modules:
         return "torchvision", _rename(content, TORCHVISION_NAMES)
-    raise InputError(f"{path} has an unknown layout; it holds {', '.join(map(str, list(content)[:10]))}")
+    raise InputError(
+        f"{path} has an unknown layout; it holds {', '.join(map(str, list(content)[:10]))}"
+    )
 
 
 def _fill(model, state, prefix, source):
@@ -475,13 +566,21 @@ def _fill(model, state, prefix, source):
     both = [name for name in found if name in wanted]
     problems = {
         "missing": [n for n in wanted if n not in found and not n.endswith("num_batches_tracked")],
-        "unexpected": [n for n in found if n not in wanted and not n.endswith("num_batches_tracked")],
+        "unexpected": [
+            n for n in found if n not in wanted and not n.endswith("num_batches_tracked")
+        ],
         "mis-shaped": [f"{n} {found[n]} not {wanted[n]}" for n in both if found[n] != wanted[n]],
     }
     if any(problems.values()):
-        text = [f"{len(n)} {kind}: {', '.join(n[:10])}{', ...' * (len(n) > 10)}" for kind, n in problems.items() if n]
+        text = [
+            f"{len(n)} {kind}: {', '.join(n[:10])}{', ...' * (len(n) > 10)}"
+            for kind, n in problems.items()
+            if n
+        ]
         text = "; ".join(text).replace("torch.Size", "")
-        raise InputError(f"{source} does not fit {model.description}, expected {len(wanted)} tensors: {text}")
+        raise InputError(
+            f"{source} does not fit {model.description}, expected {len(wanted)} tensors: {text}"
+        )
     model.load_state_dict({**own, **{name: state[name] for name in both}})
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from alda import deeplab
+from alda import InputError, deeplab
 from alda.datasets import (
     CLASS_SETS,
     CLASSES,
@@ -32,13 +32,14 @@ from alda.datasets import (
     resize_image,
     to_label_ids,
 )
-from alda.errors import InputError
 from alda.processes import add_up, rank_and_number
 
 # -------------------------------------------------------------------------------------------------------------- measure
 
 
-def confusion_matrix(prediction: torch.Tensor, labels: torch.Tensor, num_classes: int = NUM_CLASSES) -> torch.Tensor:
+def confusion_matrix(
+    prediction: torch.Tensor, labels: torch.Tensor, num_classes: int = NUM_CLASSES
+) -> torch.Tensor:
     """Pixel counts (num_classes, num_classes) int64, rows = truth, columns = predicted, on the inputs' device.
 
     Pixels whose label is outside 0..num_classes-1 (255 = ignore) are left out. Raises ValueError where a counted pixel's
@@ -72,17 +73,30 @@ def summary(matrix: torch.Tensor) -> dict:
     for name, members in CLASS_SETS.items():
         kept = values[list(members)]
         result[f"mIoU{name}"] = kept.nanmean().item() if present.any() else None
-    lowest = min((i for i in range(len(values)) if present[i]), key=lambda i: values[i].item(), default=None)
-    result["lowest"] = None if lowest is None else {"class": NAMES[lowest], "IoU": values[lowest].item()}
-    result["IoU"] = {n: (v.item() if p else None) for n, v, p in zip(NAMES, values, present, strict=True)}
+    lowest = min(
+        (i for i in range(len(values)) if present[i]), key=lambda i: values[i].item(), default=None
+    )
+    result["lowest"] = (
+        None if lowest is None else {"class": NAMES[lowest], "IoU": values[lowest].item()}
+    )
+    result["IoU"] = {
+        n: (v.item() if p else None) for n, v, p in zip(NAMES, values, present, strict=True)
+    }
     result["absent"] = [n for n, p in zip(NAMES, present, strict=True) if not p]
     return result
 
 
 def describe(result: dict) -> str:
     """A summary as text: one line a class, then the means, the absent classes and the protocol."""
-    lines = [f"  {n:14s} {'absent' if v is None else f'{100 * v:6.2f}'}" for n, v in result["IoU"].items()]
-    means = ", ".join(f"{k} {100 * result[k]:.2f}" for k in ("mIoU19", "mIoU16", "mIoU13") if result[k] is not None)
+    lines = [
+        f"  {n:14s} {'absent' if v is None else f'{100 * v:6.2f}'}"
+        for n, v in result["IoU"].items()
+    ]
+    means = ", ".join(
+        f"{k} {100 * result[k]:.2f}"
+        for k in ("mIoU19", "mIoU16", "mIoU13")
+        if result[k] is not None
+    )
     if result["lowest"]:
         means += f", lowest {result['lowest']['class']} {100 * result['lowest']['IoU']:.2f}"
     if result["absent"]:
@@ -118,7 +132,9 @@ PROTOCOLS = {
 }
 
 
-def protocol_named(name: str, size: tuple[int, int] | None = None, window: int | None = None) -> Protocol:
+def protocol_named(
+    name: str, size: tuple[int, int] | None = None, window: int | None = None
+) -> Protocol:
     """A protocol by name; `size` (H, W) and `window` replace its own (small data); the text says what was used."""
     if name not in PROTOCOLS:
         raise InputError(f"unknown protocol {name!r}; known: {', '.join(PROTOCOLS)}")
@@ -194,7 +210,10 @@ def picture(panels: dict[str, torch.Tensor], size: tuple[int, int]) -> Image.Ima
     draw = ImageDraw.Draw(sheet)
     for i, (title, values) in enumerate(panels.items()):
         draw.text((i * (width + 4) + 2, 1), title, fill="black")
-        sheet.paste(Image.fromarray(_panel(values.cpu())).resize((width, height), Image.NEAREST), (i * (width + 4), 14))
+        sheet.paste(
+            Image.fromarray(_panel(values.cpu())).resize((width, height), Image.NEAREST),
+            (i * (width + 4), 14),
+        )
     return sheet
 
 
@@ -206,7 +225,9 @@ def _panel(values: torch.Tensor) -> np.ndarray:
     if values.is_floating_point():
         values = values.nan_to_num(0, 0, 0)
         span = (values.max() - values.min()).clamp(min=1e-12)
-        return np.repeat(((values - values.min()) / span * 255).to(torch.uint8).numpy()[..., None], 3, axis=2)
+        return np.repeat(
+            ((values - values.min()) / span * 255).to(torch.uint8).numpy()[..., None], 3, axis=2
+        )
     return colourise(values.numpy())
 
 
@@ -219,14 +240,22 @@ def class_picture(classes: dict[str, int], path: Path, balanced: bool) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         if path.parent.name == "round-01":
-            print("class histograms are not drawn: they need matplotlib (pip install 'alda[plot]')", flush=True)
+            print(
+                "class histograms are not drawn: they need matplotlib (pip install 'alda[plot]')",
+                flush=True,
+            )
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     total = max(1, sum(classes.values()))
     figure = Figure(figsize=(9, 3), layout="constrained")
     axes = figure.subplots()
     colours = [tuple(v / 255 for v in c.colour) for c in CLASSES]
-    axes.bar(range(NUM_CLASSES), [n / total for n in classes.values()], color=colours, label="labelled so far")
+    axes.bar(
+        range(NUM_CLASSES),
+        [n / total for n in classes.values()],
+        color=colours,
+        label="labelled so far",
+    )
     if balanced:
         uniform = [1 / NUM_CLASSES] * NUM_CLASSES
         axes.plot(range(NUM_CLASSES), uniform, "k_", markersize=14, label="target distribution")
@@ -249,12 +278,18 @@ def comparison(runs: list[str], mixed: bool = False) -> list[dict]:
     for run in runs:
         path = Path(run) / "result.json"
         if not path.is_file():
-            raise InputError(f"{run}: holds no result.json; give folders of finished runs (--out of alda.loop)")
+            raise InputError(
+                f"{run}: holds no result.json; give folders of finished runs (--out of alda.loop)"
+            )
         result, s = json.loads(path.read_text()), run_settings(run)
         if not s:
-            raise InputError(f"{run}: holds no config.json; give folders of finished runs (--out of alda.loop)")
+            raise InputError(
+                f"{run}: holds no config.json; give folders of finished runs (--out of alda.loop)"
+            )
         budget = result["budget"]
-        teacher = {"student mIoU19": _percent(result["student"]["mIoU19"])} if "student" in result else {}
+        teacher = (
+            {"student mIoU19": _percent(result["student"]["mIoU19"])} if "student" in result else {}
+        )
         rows.append(
             {
                 "run": Path(run).name,
@@ -302,7 +337,8 @@ def strategy_text(result: dict, s: dict) -> str:
         text += f" {s['cbda']}"
     if text == "stal":
         text += (
-            f" lambda_u {s['unlabelled']:g} lambda_c {s['contrast']:g} {s['image_queries']}" + " restart" * s["restart"]
+            f" lambda_u {s['unlabelled']:g} lambda_c {s['contrast']:g} {s['image_queries']}"
+            + " restart" * s["restart"]
         )
     return text + (f" + {result['pseudo']}" if "pseudo" in result else "")
 
@@ -314,14 +350,23 @@ def _percent(value: float | None) -> float | None:
 def comparison_text(rows: list[dict]) -> str:
     """The rows as text: one line a fact, one column a run, so that any number of classes stays readable."""
     facts = list(dict.fromkeys(key for row in rows for key in row if key != "toy"))
-    cells = [[fact, *("-" if row.get(fact) is None else f"{row[fact]}" for row in rows)] for fact in facts]
-    same = [line for line in cells if len(set(line[1:])) == 1 and not line[0].startswith(("IoU", "mIoU"))]
+    cells = [
+        [fact, *("-" if row.get(fact) is None else f"{row[fact]}" for row in rows)]
+        for fact in facts
+    ]
+    same = [
+        line
+        for line in cells
+        if len(set(line[1:])) == 1 and not line[0].startswith(("IoU", "mIoU"))
+    ]
     rest = [line for line in cells if line not in same]
     widths = [max(len(line[i]) for line in rest) for i in range(len(rows) + 1)]
     table = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
              for line in rest]  # fmt: skip
     mark = "TOY: numbers on the miniature world\n" if any(row["toy"] for row in rows) else ""
-    return mark + "".join(f"{fact}: {values[0]}\n" for fact, *values in same) + "\n" + "\n".join(table)
+    return (
+        mark + "".join(f"{fact}: {values[0]}\n" for fact, *values in same) + "\n" + "\n".join(table)
+    )
 
 
 def comparison_picture(runs: list[str], rows: list[dict], path: Path) -> None:
@@ -335,8 +380,13 @@ def comparison_picture(runs: list[str], rows: list[dict], path: Path) -> None:
     lines: dict[str, dict] = {}  # name: {budget: [(share, mIoU19) of each seed]}
     for run, row in zip(runs, rows, strict=True):
         result = json.loads((Path(run) / "result.json").read_text())
-        points = {f"loop {loop['loop']}": (loop["share"], loop["mIoU19"]) for loop in result.get("loops", [])}
-        points = points or {f"{row['budget asked for']}": (result["budget"].get("share"), result["mIoU19"])}
+        points = {
+            f"loop {loop['loop']}": (loop["share"], loop["mIoU19"])
+            for loop in result.get("loops", [])
+        }
+        points = points or {
+            f"{row['budget asked for']}": (result["budget"].get("share"), result["mIoU19"])
+        }
         for budget, point in points.items():
             if point[0] is None:
                 print(
@@ -347,9 +397,12 @@ def comparison_picture(runs: list[str], rows: list[dict], path: Path) -> None:
             line.setdefault(budget, []).append(point)
     for name, budgets in lines.items():
         means = sorted(
-            [100 * sum(values) / len(points) for values in zip(*points, strict=True)] for points in budgets.values()
+            [100 * sum(values) / len(points) for values in zip(*points, strict=True)]
+            for points in budgets.values()
         )
-        (line,) = axes.plot(*zip(*means, strict=True), "o-", label=name)  # means over seeds; the seeds are dots
+        (line,) = axes.plot(
+            *zip(*means, strict=True), "o-", label=name
+        )  # means over seeds; the seeds are dots
         every = [(100 * share, 100 * miou) for points in budgets.values() for share, miou in points]
         axes.plot(*zip(*every, strict=True), ".", color=line.get_color())
     axes.set_xlabel("target pixels asked [%]")
@@ -391,14 +444,26 @@ def load_run(path: str | Path, device, which: str | None = None, network: dict |
     content = deeplab.read(file)
     own = content.get("network")
     which = which or ("teacher" if own and "teacher" in content else "model")
-    return deeplab.build(**(own or network or {"net": "deeplabv2"}), init=str(file), which=which).to(device).eval()
+    return (
+        deeplab.build(**(own or network or {"net": "deeplabv2"}), init=str(file), which=which)
+        .to(device)
+        .eval()
+    )
 
 
-def write_predictions(model, dataset: SegmentationDataset, protocol: Protocol, device, folder: Path) -> int:
+def write_predictions(
+    model, dataset: SegmentationDataset, protocol: Protocol, device, folder: Path
+) -> int:
     """Writes each prediction as IMAGE_pred_labelIds.png (Cityscapes label ids, (H,W) uint8); returns how many."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, sample in enumerate(dataset.samples):
-        prediction = predict_prob(model, dataset.image(index), protocol, device).argmax(0).to(torch.uint8).cpu().numpy()
+        prediction = (
+            predict_prob(model, dataset.image(index), protocol, device)
+            .argmax(0)
+            .to(torch.uint8)
+            .cpu()
+            .numpy()
+        )
         Image.fromarray(to_label_ids(prediction)).save(folder / f"{sample.id}_pred_labelIds.png")
     return len(dataset)
 
@@ -426,27 +491,48 @@ def main(argv: list[str] | None = None) -> int:
     ):
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("checkpoint", help="a run's folder or a checkpoint file")
-        sub.add_argument("--tgt", choices=["cityscapes", "acdc"], help="target dataset [the run's, else cityscapes]")
-        sub.add_argument("--root", help="the folder that holds cityscapes/ or acdc/ [the run's, else data]")
+        sub.add_argument(
+            "--tgt",
+            choices=["cityscapes", "acdc"],
+            help="target dataset [the run's, else cityscapes]",
+        )
+        sub.add_argument(
+            "--root", help="the folder that holds cityscapes/ or acdc/ [the run's, else data]"
+        )
         sub.add_argument("--split", default="val", choices=["train", "val", "test"], help="[val]")
         sub.add_argument("--protocol", choices=list(PROTOCOLS), help="[the run's, else ripu]")
-        sub.add_argument("--size", help="WxH: test size for the protocols ripu [the run's, else 1280x640] and whole")
+        sub.add_argument(
+            "--size",
+            help="WxH: test size for the protocols ripu [the run's, else 1280x640] and whole",
+        )
         sub.add_argument("--window", type=int, help="another window for the protocol sliding [769]")
         sub.add_argument(
-            "--which", choices=["model", "teacher"], help="[the teacher where a run of stal has one, else model]"
+            "--which",
+            choices=["model", "teacher"],
+            help="[the teacher where a run of stal has one, else model]",
         )
         sub.add_argument(
-            "--net", default="deeplabv2", help="network of an official checkpoint (our own files say theirs)"
+            "--net",
+            default="deeplabv2",
+            help="network of an official checkpoint (our own files say theirs)",
         )
-        sub.add_argument("--backbone", default="resnet101", help="backbone of an official checkpoint")
+        sub.add_argument(
+            "--backbone", default="resnet101", help="backbone of an official checkpoint"
+        )
         sub.add_argument("--device", default="auto")
         sub.add_argument(*(("--json",) if name == "score" else ("--to",)), type=Path, required=name == "predict",
                          help="also write the result here" if name == "score" else "folder for the predictions")  # fmt: skip
-    sub = commands.add_parser("compare", help="one table over runs", description="One table over finished runs.")
+    sub = commands.add_parser(
+        "compare", help="one table over runs", description="One table over finished runs."
+    )
     sub.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
-    sub.add_argument("--mixed", action="store_true", help="also lay runs side by side that were not tested alike")
+    sub.add_argument(
+        "--mixed", action="store_true", help="also lay runs side by side that were not tested alike"
+    )
     sub.add_argument("--csv", type=Path, help="also write the table here, one line a run")
-    sub.add_argument("--plot", type=Path, help="also draw mIoU19 against the budget here (needs matplotlib)")
+    sub.add_argument(
+        "--plot", type=Path, help="also draw mIoU19 against the budget here (needs matplotlib)"
+    )
     args = parser.parse_args(argv)
     try:
         return compare(args) if args.command == "compare" else _command(args)
@@ -464,12 +550,19 @@ def run_settings(path: str | Path) -> dict:
 
 def _command(args: argparse.Namespace) -> int:
     device, run = pick_device(args.device), run_settings(args.checkpoint)
-    dataset = open_dataset(args.tgt or run.get("tgt", "cityscapes"), args.root or run.get("root", "data"), args.split)
+    dataset = open_dataset(
+        args.tgt or run.get("tgt", "cityscapes"), args.root or run.get("root", "data"), args.split
+    )
     name = args.protocol or run.get("protocol", "ripu")
     size = args.size or run.get("test_size") or (run.get("target_size") if name == "ripu" else None)
     protocol = protocol_named(name, parse_size(size) if size else None, args.window)
-    model = load_run(args.checkpoint, device, args.which, {"net": args.net, "backbone": args.backbone})
-    print(f"{len(dataset)} images ({dataset.name}, {args.split}), protocol {protocol}, on {device}", flush=True)
+    model = load_run(
+        args.checkpoint, device, args.which, {"net": args.net, "backbone": args.backbone}
+    )
+    print(
+        f"{len(dataset)} images ({dataset.name}, {args.split}), protocol {protocol}, on {device}",
+        flush=True,
+    )
     if args.command == "predict":
         number = write_predictions(model, dataset, protocol, device, args.to)
         print(f"{number} predictions (Cityscapes label ids) in {args.to}")

@@ -20,10 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alda import deeplab, toy
+from alda import IGNORE, InputError, deeplab, toy
 from alda.annotation import Rounds, ledger
-from alda.datasets import IGNORE, PSEUDO, TrainingView, mix_seed, open_dataset, truth_inside
-from alda.errors import InputError
+from alda.datasets import PSEUDO, TrainingView, mix_seed, open_dataset, truth_inside
 from alda.evaluation import describe, evaluate, pick_device
 from alda.losses import cross_entropy, local_consistency, negative_learning
 from alda.processes import join, leave, rank_and_number, wait
@@ -39,7 +38,13 @@ from alda.queries import (
     regions_due,
 )
 from alda.run import Run, batches, mixed_batches, next_batch, prepare, run_folder, transform_of
-from alda.selftraining import cbst_learning_rate, mine_patch, rare_classes, source_portion, update_teacher
+from alda.selftraining import (
+    cbst_learning_rate,
+    mine_patch,
+    rare_classes,
+    source_portion,
+    update_teacher,
+)
 from alda.settings import SELF_TRAINING, Settings, parse, protocol_of, settings_for
 from alda.stal import Stal
 
@@ -64,7 +69,11 @@ def adapt_by_queries(s: Settings, out: Path, device: torch.device) -> dict:
     schedule = [] if s.strategy in ("source-only", "full") else query_schedule(s)
     if schedule:  # a budget too small for one region is noticed before training
         sizes = [sample.size for sample in target.samples]
-        for group in [sizes] if s.strategy == "cbda" and s.cbda != "balance" else [[size] for size in set(sizes)]:
+        for group in (
+            [sizes]
+            if s.strategy == "cbda" and s.cbda != "balance"
+            else [[size] for size in set(sizes)]
+        ):
             regions_due(budget_pixels(s, group), s, 0)
     guesses = pseudo_schedule(s, schedule)
     rounds, pseudo = Rounds(out / "rounds"), Rounds(out / "pseudo")
@@ -84,17 +93,33 @@ def adapt_by_queries(s: Settings, out: Path, device: torch.device) -> dict:
         if step in guesses and pseudo.complete() == guesses.index(step):
             run.save(step)
             label_target(s, run, target, pseudo, guesses.index(step) + 1, s.pseudo, prior, known)
-        if target is not None and step in (start, *schedule, *guesses):  # labels have changed: read on from here
+        if target is not None and step in (
+            start,
+            *schedule,
+            *guesses,
+        ):  # labels have changed: read on from here
             number = sum(g <= step for g in guesses)
             if number:
-                known = partial(labels_and_pseudo, target, rounds, pseudo, number=number, **known.keywords)
-            target_batches = batches(s, target, step, stream=2, labels_of=None if s.strategy == "full" else known)
+                known = partial(
+                    labels_and_pseudo, target, rounds, pseudo, number=number, **known.keywords
+                )
+            target_batches = batches(
+                s, target, step, stream=2, labels_of=None if s.strategy == "full" else known
+            )
 
         run.set_rate(poly(step, s.poly_steps or round(1.5625 * s.steps)))
-        source_batch, target_batch = next_batch(source_batches, device), next_batch(target_batches, device)
+        source_batch, target_batch = (
+            next_batch(source_batches, device),
+            next_batch(target_batches, device),
+        )
         with run.autocast():
             losses = losses_of_step(s, run.model, source_batch, target_batch)
-        weights = {"source": 1.0, "target": 1.0, "pseudo": s.pseudo_weight, "consistency": s.consistency}
+        weights = {
+            "source": 1.0,
+            "target": 1.0,
+            "pseudo": s.pseudo_weight,
+            "consistency": s.consistency,
+        }
         run.descend(losses, {**weights, "negative": s.negative})
         run.log(step + 1)
         evaluate_and_save(s, run, validation, step + 1)
@@ -110,7 +135,9 @@ def adapt_by_queries(s: Settings, out: Path, device: torch.device) -> dict:
 def evaluate_and_save(s: Settings, run: Run, validation, step: int) -> None:
     """The end of a step: a score in the log every --eval-every steps, a checkpoint every --checkpoint-every steps."""
     if s.eval_every and step % s.eval_every == 0:
-        run.write_metrics({"step": step, **evaluate(run.model, validation, protocol_of(s), run.device)})
+        run.write_metrics(
+            {"step": step, **evaluate(run.model, validation, protocol_of(s), run.device)}
+        )
     if step % s.checkpoint_every == 0 or step == s.steps:
         run.save(step)
 
@@ -134,10 +161,18 @@ def report(s: Settings, source, target, rounds: Rounds, source_images: int | Non
     return {
         "budget": {
             **budget,
-            "share": 1.0 if s.strategy == "full" else budget["asked"] / pixels_of(target) if target else 0.0,
+            "share": 1.0
+            if s.strategy == "full"
+            else budget["asked"] / pixels_of(target)
+            if target
+            else 0.0,
         },
         "steps": s.steps,
-        "source_images": source_images if source_images is not None else len(source) if source else 0,
+        "source_images": source_images
+        if source_images is not None
+        else len(source)
+        if source
+        else 0,
         "target_images": len(target) if target else 0,
     }
 
@@ -149,17 +184,24 @@ def losses_of_step(s: Settings, model, source, target) -> dict[str, torch.Tensor
     cross-entropy of the pseudo-labelled pixels is a term of its own, so that many guesses do not outweigh few answers.
     """
     given = [batch for batch in (source, target) if batch is not None]
-    if len(given) == 2 and source[0].shape == target[0].shape:  # live batch norm then sees both domains at once
+    if (
+        len(given) == 2 and source[0].shape == target[0].shape
+    ):  # live batch norm then sees both domains at once
         given_logits = list(model(torch.cat([source[0], target[0]])).chunk(2))
     else:
         given_logits = [model(images) for images, _ in given]
-    given_logits = [deeplab.upsample(x.float(), y.shape[-2:]) for x, (_, y) in zip(given_logits, given, strict=True)]
+    given_logits = [
+        deeplab.upsample(x.float(), y.shape[-2:])
+        for x, (_, y) in zip(given_logits, given, strict=True)
+    ]
     losses = {}
     if source is not None:
         logits = given_logits.pop(0)
         losses["source"] = cross_entropy(logits, source[1])
         if s.consistency:
-            losses["consistency"] = local_consistency(logits, source[1], boundary_only=s.rules == "code")
+            losses["consistency"] = local_consistency(
+                logits, source[1], boundary_only=s.rules == "code"
+            )
     if target is not None:
         logits, labels = given_logits.pop(0), target[1]
         losses["target"] = cross_entropy(logits, labels.masked_fill(labels >= PSEUDO, IGNORE))
@@ -183,7 +225,10 @@ def adapt_by_self_training(s: Settings, out: Path, device: torch.device) -> dict
     source, target = open_dataset(s.src, s.root), open_dataset(s.tgt, s.root, "train")
     validation = open_dataset(s.tgt, s.root, "val")
     one_size(s)
-    shares = [source_portion(n, s.source_portion, s.source_portion_step, s.source_portion_max) for n in range(s.rounds)]
+    shares = [
+        source_portion(n, s.source_portion, s.source_portion_step, s.source_portion_max)
+        for n in range(s.rounds)
+    ]
     chosen = [max(1, round(share * len(source))) for share in shares]
     starts = round_starts(s, [len(target) + n for n in chosen])
     if s.init in ("imagenet", "none"):
@@ -202,7 +247,9 @@ def adapt_by_self_training(s: Settings, out: Path, device: torch.device) -> dict
             prior = source_prior(s, source, device) if s.strategy == "cbst-sp" else None
             label_target(s, run, target, rounds, number, s.strategy, prior)
         if step in (start, starts[number - 1]):
-            iterator = round_batches(s, source, target, rounds, number, chosen[number - 1], step - starts[number - 1])
+            iterator = round_batches(
+                s, source, target, rounds, number, chosen[number - 1], step - starts[number - 1]
+            )
 
         run.set_rate(cbst_learning_rate(1.0, number - 1))
         images, labels, _ = next_batch(iterator, device)
@@ -241,7 +288,10 @@ def round_batches(s: Settings, source, target, rounds: Rounds, number: int, chos
     views = [
         TrainingView(source, transform_of(s, 1, at), mix_seed(s.seed, 6, number)),
         TrainingView(
-            target, transform_of(s, 2, at), mix_seed(s.seed, 7, number), partial(pseudo_labels, target, rounds, number)
+            target,
+            transform_of(s, 2, at),
+            mix_seed(s.seed, 7, number),
+            partial(pseudo_labels, target, rounds, number),
         ),
     ]
     order = np.random.default_rng(mix_seed(s.seed, 8, number)).permutation(len(source))
@@ -262,7 +312,10 @@ def round_starts(s: Settings, images: list[int]) -> list[int]:
 def train_source(s: Settings, out: Path, device: torch.device) -> Settings:
     """Trains `source-only` in OUT/source, or goes on with it; returns the settings that start from its network."""
     default = settings_for({"strategy": "source-only", "root": s.root})
-    schedule = {name: getattr(default, name) for name in ("lr", "batch", "source_sampling", "consistency", "negative")}
+    schedule = {
+        name: getattr(default, name)
+        for name in ("lr", "batch", "source_sampling", "consistency", "negative")
+    }
     own = replace(
         s, strategy="source-only", steps=s.source_steps or default.steps, epochs=0, poly_steps=0, eval_every=0,
         out=str(out / "source"), resume=True, **schedule)  # fmt: skip
@@ -295,7 +348,9 @@ def adapt_in_loops(s: Settings, out: Path, device: torch.device) -> dict:
     counts = images_due(s, len(target))
     order = np.random.default_rng(mix_seed(s.seed, 8)).permutation(len(source))
     source.samples = [source.samples[i] for i in sorted(order[: s.source_images or len(source)])]
-    starts = round_starts(s, [2 * len(source)] * s.rounds)  # an epoch: the source, and as many repeated target images
+    starts = round_starts(
+        s, [2 * len(source)] * s.rounds
+    )  # an epoch: the source, and as many repeated target images
     s = replace(s, steps=starts[-1])
     rounds = Rounds(out / "rounds")
     run = Run(s, out, device)
@@ -321,24 +376,42 @@ def adapt_in_loops(s: Settings, out: Path, device: torch.device) -> dict:
         system.partners.draw(system.confidence.value, system.images, generator)
         batch = [*next_batch(labelled, device)[:2], *(next_batch(unlabelled, device) or ())]
         losses, health = system.losses(batch, others, generator, local / length)
-        run.descend(losses, {"supervised": 1.0, "unlabelled": s.unlabelled, "contrastive": s.contrast}, health)
+        run.descend(
+            losses,
+            {"supervised": 1.0, "unlabelled": s.unlabelled, "contrastive": s.contrast},
+            health,
+        )
         update_teacher(system.teacher, run.model, local, s.ema)
         run.log(step + 1, system.state)
         if step + 1 == starts[number]:
             scores = system.evaluate(validation, protocol_of(s))
             asked = ledger(records_of(rounds))
-            labelled_so_far = {"asked_images": asked["images"], "share": asked["asked"] / pixels_of(target)}
+            labelled_so_far = {
+                "asked_images": asked["images"],
+                "share": asked["asked"] / pixels_of(target),
+            }
             run.write_metrics({"step": step + 1, "loop": number, **labelled_so_far, **scores})
         if (step + 1) % s.checkpoint_every == 0 or step + 1 == starts[number]:
             run.save(step + 1)
 
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] if run.rank == 0 else []
+    lines = (
+        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        if run.rank == 0
+        else []
+    )
     loops = [line for line in lines if "loop" in line]
     keys = ("loop", "asked_images", "share", "mIoU19")
     return {
-        **{key: value for key, value in (loops[-1] if loops else {}).items() if key not in ("step", *keys[:3])},
+        **{
+            key: value
+            for key, value in (loops[-1] if loops else {}).items()
+            if key not in ("step", *keys[:3])
+        },
         **report(s, source, target, rounds),
-        "loops": [{**{k: line[k] for k in keys}, "student mIoU19": line["student"]["mIoU19"]} for line in loops],
+        "loops": [
+            {**{k: line[k] for k in keys}, "student mIoU19": line["student"]["mIoU19"]}
+            for line in loops
+        ],
     }
 
 
@@ -369,22 +442,31 @@ def loop_batches(s: Settings, source, target, rounds: Rounds, number: int, step:
     Labelled: all source images and the asked target images, these repeated to about as many as the source has. Unlabelled:
     the other target images, whose truth comes along for the log's accuracy and to know what a crop added outside the image.
     """
-    asked = {image for earlier in range(1, number + 1) for image in rounds.record(earlier)["images"]}
+    asked = {
+        image for earlier in range(1, number + 1) for image in rounds.record(earlier)["images"]
+    }
     known = [i for i, sample in enumerate(target.samples) if sample.id in asked]
     unknown = [i for i, sample in enumerate(target.samples) if sample.id not in asked]
     views = [
         TrainingView(source, transform_of(s, 1), mix_seed(s.seed, 21, number)),
         TrainingView(
-            target, transform_of(s, 2), mix_seed(s.seed, 22, number), partial(labels_known, target, rounds, upto=number)
+            target,
+            transform_of(s, 2),
+            mix_seed(s.seed, 22, number),
+            partial(labels_known, target, rounds, upto=number),
         ),
-        TrainingView(target, transform_of(s, 2), mix_seed(s.seed, 23, number), partial(truth_inside, target)),
+        TrainingView(
+            target, transform_of(s, 2), mix_seed(s.seed, 23, number), partial(truth_inside, target)
+        ),
     ]
     repeats = max(1, round(len(source) / len(known)))
     labelled = [(0, i) for i in range(len(source))] + [(1, i) for i in known] * repeats
     first = mixed_batches(s, views, labelled, step, mix_seed(s.seed, 24, number))
     if not (s.unlabelled or s.contrast):
         return first, None
-    return first, mixed_batches(s, views, [(2, i) for i in unknown], step, mix_seed(s.seed, 25, number))
+    return first, mixed_batches(
+        s, views, [(2, i) for i in unknown], step, mix_seed(s.seed, 25, number)
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -396,7 +478,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         s = parse(argv)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and s.strategy != "stal":
-            raise InputError(f"--strategy {s.strategy} runs in one process: start it without torchrun")
+            raise InputError(
+                f"--strategy {s.strategy} runs in one process: start it without torchrun"
+            )
         device = join(pick_device(s.device))
         if s.threads:
             torch.set_num_threads(s.threads)
@@ -411,9 +495,13 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, FloatingPointError, OSError) as error:
         traces = ("checkpoints", "rounds", "pseudo", "source", "metrics.jsonl")
         if out is not None and not any((out / part).exists() for part in traces):
-            (out / "config.json").unlink(missing_ok=True)  # nothing was run: the folder stays free for the next try
-        text = str(error).strip().splitlines()[-1]  # from a loading process the message comes below its traceback
-        print(f"error: {text.removeprefix('alda.errors.InputError: ')}", file=sys.stderr)
+            (out / "config.json").unlink(
+                missing_ok=True
+            )  # nothing was run: the folder stays free for the next try
+        text = (
+            str(error).strip().splitlines()[-1]
+        )  # from a loading process the message comes below its traceback
+        print(f"error: {text.removeprefix('alda.InputError: ')}", file=sys.stderr)
         return 2
 
 
@@ -424,9 +512,15 @@ def run_strategy(s: Settings, out: Path, device: torch.device) -> None:
     if rank == 0:
         length = f"{s.epochs} epochs a round" if s.epochs else f"{s.steps} steps"
         where = f"{device}" if world == 1 else f"{world} processes ({device.type})"
-        print(f"{mark}{s.strategy}: {s.src} -> {s.tgt}, {length} on {where}, run folder {out}", flush=True)
+        print(
+            f"{mark}{s.strategy}: {s.src} -> {s.tgt}, {length} on {where}, run folder {out}",
+            flush=True,
+        )
     if world > 1 and device.type == "cpu" and rank == 0:
-        print("batch norm is not synchronised on CPUs: each process normalises its own images", flush=True)
+        print(
+            "batch norm is not synchronised on CPUs: each process normalises its own images",
+            flush=True,
+        )
     families = {"stal": adapt_in_loops, **dict.fromkeys(SELF_TRAINING, adapt_by_self_training)}
     result = {
         "strategy": s.strategy,
@@ -437,7 +531,9 @@ def run_strategy(s: Settings, out: Path, device: torch.device) -> None:
         result["wall_s"] = time.time() - began
         (out / "result.json").write_text(json.dumps(result, indent=1))
         teacher = ", teacher" if "student" in result else ""
-        print(f"{mark}{s.strategy}, last checkpoint{teacher}, {result['images']} validation images\n{describe(result)}")
+        print(
+            f"{mark}{s.strategy}, last checkpoint{teacher}, {result['images']} validation images\n{describe(result)}"
+        )
     wait()
 
 

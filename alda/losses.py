@@ -14,9 +14,8 @@ Every loss is a scalar; a loss over an empty set of pixels is 0 with zero gradie
 import torch
 import torch.nn.functional as F
 
+from alda import IGNORE
 from alda.processes import rank_and_number
-
-IGNORE = 255
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -67,7 +66,9 @@ def negative_learning(prob: torch.Tensor, threshold: float = 0.05) -> torch.Tens
     The threshold decides which entries count and carries no gradient.
     """
     unlikely = prob.detach() < threshold
-    return -(torch.log1p(-prob.float().clamp(max=threshold)) * unlikely).sum() / unlikely.sum().clamp(min=1)
+    return -(
+        torch.log1p(-prob.float().clamp(max=threshold)) * unlikely
+    ).sum() / unlikely.sum().clamp(min=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------- STAL
@@ -88,7 +89,9 @@ def ohem_cross_entropy(
     prob = (-loss.detach()).exp().masked_fill(~labelled, 2.0)  # ignored pixels rank last
     if min_kept >= labels.numel():
         kept = labelled
-    elif min_kept > 0:  # the kthvalue is 2, and all labelled pixels are kept, where fewer than min_kept are labelled
+    elif (
+        min_kept > 0
+    ):  # the kthvalue is 2, and all labelled pixels are kept, where fewer than min_kept are labelled
         kept = (prob <= prob.flatten().kthvalue(min_kept).values.clamp(min=threshold)) & labelled
     else:
         kept = (prob <= threshold) & labelled
@@ -139,7 +142,9 @@ class MemoryBank:
     ):
         sizes = [first] + [size] * (num_classes - 1)
         if min(sizes) < 1:
-            raise ValueError(f"a class needs room for at least 1 key, got size {size} and first {first}")
+            raise ValueError(
+                f"a class needs room for at least 1 key, got size {size} and first {first}"
+            )
         self.smallest = min(sizes)
         self.sizes = torch.tensor(sizes, device=device)
         self.start = self.sizes.cumsum(0) - self.sizes
@@ -160,9 +165,13 @@ class MemoryBank:
         keys, number = keys.to(self.keys.dtype), number.to(torch.int64).clamp(max=keys.shape[1])
         for part, filled in zip(all_processes(keys), all_processes(number), strict=True):
             j = torch.arange(keys.shape[1], device=keys.device)
-            row = self.start[:, None] + (self.pointer[:, None] + j) % self.sizes[:, None]  # (C,L), all different
+            row = (
+                self.start[:, None] + (self.pointer[:, None] + j) % self.sizes[:, None]
+            )  # (C,L), all different
             real = (j < filled[:, None])[:, :, None]  # (C,L,1)
-            self.keys[row] = torch.where(real, part, self.keys[row])  # what is no key leaves its row as it was
+            self.keys[row] = torch.where(
+                real, part, self.keys[row]
+            )  # what is no key leaves its row as it was
             self.pointer = (self.pointer + filled) % self.sizes
             self.count = (self.count + filled).minimum(self.sizes)
 
@@ -179,7 +188,9 @@ class MemoryBank:
         for name, own in self.state_dict().items():
             if state[name].shape != own.shape:
                 found, expected = tuple(state[name].shape), tuple(own.shape)
-                raise ValueError(f"the saved memory bank's {name} are {found}, this run's {expected}: other settings?")
+                raise ValueError(
+                    f"the saved memory bank's {name} are {found}, this run's {expected}: other settings?"
+                )
             own.copy_(state[name])
 
 
@@ -230,13 +241,21 @@ def contrastive_sets(
     classes = torch.arange(num_classes, device=prob.device)[:, None]  # (C,1)
     order = prob.argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1)  # (N,C,h,w): 0 for a pixel's likeliest class
-    rank, chance = (x.transpose(0, 1).flatten(1) for x in (rank, prob))  # (N,C,h,w) -> (C,N,h,w) -> (C,P)
+    rank, chance = (
+        x.transpose(0, 1).flatten(1) for x in (rank, prob)
+    )  # (N,C,h,w) -> (C,N,h,w) -> (C,P)
     true = torch.arange(labels.numel(), device=labels.device) < labelled * labels[0].numel()  # (P,)
-    labels, reliable, unreliable = (x.flatten() for x in (labels.long(), reliable, unreliable))  # (N,h,w) -> (P,)
+    labels, reliable, unreliable = (
+        x.flatten() for x in (labels.long(), reliable, unreliable)
+    )  # (N,h,w) -> (P,)
     members = reliable & (labels == classes)
     confused = (labels != IGNORE) & (labels != classes) & (rank < low_rank)
     unlikely = (rank >= low_rank) & (rank < high_rank)
-    return members, members & (chance > threshold), unreliable & torch.where(true, confused, unlikely)
+    return (
+        members,
+        members & (chance > threshold),
+        unreliable & torch.where(true, confused, unlikely),
+    )
 
 
 def class_contrast(
@@ -298,10 +317,14 @@ def contrastive(
         at = places(strangers, torch.where(found > keys, j * found // keys, j))  # (C,L)
         bank.add(teacher_features[at // pixels, :, at % pixels], found[:, 0])
 
-        share = members.view(number, -1, pixels).transpose(0, 1).float()  # (C,P) -> (C,N,hw) -> (N,C,hw)
+        share = (
+            members.view(number, -1, pixels).transpose(0, 1).float()
+        )  # (C,P) -> (C,N,hw) -> (N,C,hw)
         if weight is not None:
             share = share * weight.detach().float().flatten(1)[:, None]  # (N,C,hw) * (N,1,hw)
-        total = (share @ teacher_features.transpose(1, 2)).sum(0)  # (N,C,hw) @ (N,hw,K) -> (N,C,K) -> (C,K)
+        total = (share @ teacher_features.transpose(1, 2)).sum(
+            0
+        )  # (N,C,hw) @ (N,hw,K) -> (N,C,K) -> (C,K)
         centres = total / share.sum((0, 2))[:, None].clamp(min=1e-12)
 
         if draws is None:
@@ -313,5 +336,8 @@ def contrastive(
         chosen = features[at // pixels, :, at % pixels]  # (N,K,hw) -> (C,A,K)
         present = members.any(1)
         valid = pool.any(1) & (bank.count > 0) & (present.sum() > 1)
-        losses = [class_contrast(chosen[c], centres[c], bank.draw(c, v[c]), temperature) for c in range(number)]
+        losses = [
+            class_contrast(chosen[c], centres[c], bank.draw(c, v[c]), temperature)
+            for c in range(number)
+        ]
         return (torch.stack(losses) * valid).sum() / present.sum().clamp(min=1)

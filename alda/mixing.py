@@ -17,7 +17,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from alda.datasets import NUM_CLASSES, SegmentationDataset, TrainingView, class_presence, mix_seed, truth_inside
+from alda.datasets import (
+    NUM_CLASSES,
+    SegmentationDataset,
+    TrainingView,
+    class_presence,
+    mix_seed,
+    truth_inside,
+)
 from alda.processes import rank_and_number
 from alda.run import transform_of
 from alda.selftraining import COPY_PASTE_CLASSES, ImageBank, class_chances, draw
@@ -30,7 +37,9 @@ class Others(NamedTuple):
     """Images to mix in, on the device."""
 
     images: torch.Tensor  # (N,3,H,W) float32
-    labels: torch.Tensor  # (N,H,W) uint8; for CUT datasets.truth_inside: read for the log, and to know what is outside
+    labels: (
+        torch.Tensor
+    )  # (N,H,W) uint8; for CUT datasets.truth_inside: read for the log, and to know what is outside
     classes: torch.Tensor  # (N,) int64, the drawn classes
 
 
@@ -42,14 +51,22 @@ class Partners:
     leave them out. With a checkpoint of `state_dict()` a resumed run mixes the same images.
     """
 
-    def __init__(self, s: Settings, source: SegmentationDataset, target: SegmentationDataset, device: torch.device):
+    def __init__(
+        self,
+        s: Settings,
+        source: SegmentationDataset,
+        target: SegmentationDataset,
+        device: torch.device,
+    ):
         self.s, self.device, self.rank = s, device, rank_and_number()[0]
         seeds = [mix_seed(s.seed, 30, kind, self.rank) for kind in (PASTE, CUT)]
         self.views = [
             TrainingView(source, transform_of(s, 1), seeds[PASTE]),
             TrainingView(target, transform_of(s, 2), seeds[CUT], partial(truth_inside, target)),
         ]
-        self.presence = class_presence(source, s.workers) if s.copy_paste else np.zeros((1, NUM_CLASSES), bool)
+        self.presence = (
+            class_presence(source, s.workers) if s.copy_paste else np.zeros((1, NUM_CLASSES), bool)
+        )
         self.classes = torch.tensor(COPY_PASTE_CLASSES, device=device)
         self.held = torch.from_numpy(self.presence.any(0)).to(device)[self.classes].float()
         self.kinds = [PASTE] * (s.copy_paste and bool(self.held.any())) + [CUT] * (
@@ -62,7 +79,9 @@ class Partners:
         """Forgets what was drawn: the next two steps mix nothing."""
         self.drawn: torch.Tensor | None = None  # (rows, 2) of the last step, on its way to the host
         self.arrived: torch.cuda.Event | None = None
-        self.asked: tuple[torch.Tensor, int] | None = None  # rows whose images are being loaded; the step that asked
+        self.asked: tuple[torch.Tensor, int] | None = (
+            None  # rows whose images are being loaded; the step that asked
+        )
         self.loading: list[Future] = []  # one for each row
 
     def draw(self, confidence: torch.Tensor, bank: ImageBank, generator: torch.Generator) -> None:
@@ -70,7 +89,9 @@ class Partners:
         rows = []
         for kind in self.kinds:
             u = torch.rand(self.s.batch, 2, generator=generator, device=self.device)
-            if kind == PASTE:  # the image is chosen when the row is read, from those that hold the class
+            if (
+                kind == PASTE
+            ):  # the image is chosen when the row is read, from those that hold the class
                 chances = class_chances(confidence[self.classes], power=0.5) * self.held
                 classes = self.classes[draw(chances / chances.sum(), u[:, 0])]
                 rows += [torch.stack([classes, classes], 1)]
@@ -93,7 +114,10 @@ class Partners:
             self._start(self._read(), step)
         found = {}
         for place, kind in enumerate(self.kinds if ready else ()):
-            rows = [future.result() for future in ready[place * self.s.batch : (place + 1) * self.s.batch]]
+            rows = [
+                future.result()
+                for future in ready[place * self.s.batch : (place + 1) * self.s.batch]
+            ]
             batch = [torch.stack(part) for part in zip(*rows, strict=True)]
             if self.device.type == "cuda":
                 batch = [x.pin_memory() for x in batch]
@@ -107,7 +131,9 @@ class Partners:
 
     def _start(self, rows: torch.Tensor, step: int) -> None:
         self.asked = (rows.clone(), step)
-        self.loading = [self.pool.submit(self._load, i, *row, step) for i, row in enumerate(rows.tolist())]
+        self.loading = [
+            self.pool.submit(self._load, i, *row, step) for i, row in enumerate(rows.tolist())
+        ]
 
     def _load(self, i: int, c: int, index: int, step: int) -> tuple[torch.Tensor, ...]:
         """In a thread: image, labels and class of row `i`."""

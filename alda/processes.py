@@ -8,7 +8,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from alda.errors import InputError
+from alda import InputError
 
 
 def join(device: torch.device) -> torch.device:
@@ -18,7 +18,9 @@ def join(device: torch.device) -> torch.device:
         if not alone:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if device.index is not None and device.index >= torch.cuda.device_count():
-            raise InputError(f"torchrun started more processes here than there are GPUs ({torch.cuda.device_count()})")
+            raise InputError(
+                f"torchrun started more processes here than there are GPUs ({torch.cuda.device_count()})"
+            )
         torch.cuda.set_device(device)  # events and streams without a device are this one's
     if alone:
         return device

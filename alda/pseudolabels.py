@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Subset
 
-from alda import deeplab
+from alda import IGNORE, deeplab
 from alda.annotation import Rounds, read_map, write_map
 from alda.datasets import (
-    IGNORE,
     NAMES,
     NUM_CLASSES,
     ImagesOnly,
@@ -43,7 +42,14 @@ from alda.settings import Settings
 
 
 def label_target(
-    s: Settings, run: Run, target: SegmentationDataset, rounds: Rounds, number: int, kind: str, prior=None, known=None
+    s: Settings,
+    run: Run,
+    target: SegmentationDataset,
+    rounds: Rounds,
+    number: int,
+    kind: str,
+    prior=None,
+    known=None,
 ) -> dict:
     """Pseudo-labels the whole target set with the present network and stores it as round `number`; returns its record.
 
@@ -76,7 +82,11 @@ def label_target(
             confidence, prediction = prob.max(0)
             panels = {"image": image, "prediction": prediction.to(torch.uint8), "confidence": confidence,
                       "pseudo-labels": labels, "truth": target.labels(index)}  # fmt: skip
-            save_picture(panels, sample.size, run.out / "pictures" / f"pseudo-{number:02d}" / f"{sample.id}.png")
+            save_picture(
+                panels,
+                sample.size,
+                run.out / "pictures" / f"pseudo-{number:02d}" / f"{sample.id}.png",
+            )
     record = record_of(kind, portion, thresholds, histogram.predicted, total)
     (work / "round.json").write_text(json.dumps(record, indent=1))
     os.replace(work, path)
@@ -84,7 +94,10 @@ def label_target(
     print(
         f"pseudo-labels {number}: portion {portion:.0%}, {record['labelled']:,} of {pixels:,} px labelled, accuracy "
         f"{percent(record['accuracy'])} ({time.time() - began:.0f} s); accuracy / coverage by class: "
-        + ", ".join(f"{n} {percent(c['accuracy'])}/{percent(c['coverage'])}" for n, c in record["classes"].items()),
+        + ", ".join(
+            f"{n} {percent(c['accuracy'])}/{percent(c['coverage'])}"
+            for n, c in record["classes"].items()
+        ),
         flush=True,
     )
     empty = [name for name, c in record["classes"].items() if c["predicted"] and not c["labelled"]]
@@ -130,7 +143,9 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def pseudo_labels(target: SegmentationDataset, rounds: Rounds, number: int, index: int) -> torch.Tensor:
+def pseudo_labels(
+    target: SegmentationDataset, rounds: Rounds, number: int, index: int
+) -> torch.Tensor:
     """The pseudo-labels that round `number` gave to a target image: (H,W) uint8 train ids, 255 = none."""
     sample = target.samples[index]
     return read_map(rounds.path(number) / "labels" / f"{sample.id}.png", sample.size, IGNORE)

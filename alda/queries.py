@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alda import acquisition, deeplab
+from alda import IGNORE, InputError, acquisition, deeplab
 from alda.annotation import Rounds, ground_truth, ledger
 from alda.datasets import (
-    IGNORE,
     NAMES,
     PSEUDO,
     ImagesOnly,
@@ -26,7 +25,6 @@ from alda.datasets import (
     normalise,
     resize_image,
 )
-from alda.errors import InputError
 from alda.evaluation import class_picture, parse_size
 from alda.processes import add_up, rank_and_number, share_buffers, wait
 from alda.pseudolabels import probabilities, pseudo_labels
@@ -43,8 +41,15 @@ def query_schedule(s: Settings) -> list[int]:
         try:
             schedule = [int(part) for part in s.query_steps.split(",")]
         except ValueError:
-            raise InputError(f"--query-steps is a list like 10000,12000; got {s.query_steps!r}") from None
-        if schedule != sorted(set(schedule)) or schedule[0] < 0 or schedule[-1] >= s.steps or len(schedule) != s.rounds:
+            raise InputError(
+                f"--query-steps is a list like 10000,12000; got {s.query_steps!r}"
+            ) from None
+        if (
+            schedule != sorted(set(schedule))
+            or schedule[0] < 0
+            or schedule[-1] >= s.steps
+            or len(schedule) != s.rounds
+        ):
             raise InputError(
                 f"--query-steps needs --rounds ({s.rounds}) growing steps below --steps ({s.steps}); got {s.query_steps}"
             )
@@ -53,7 +58,9 @@ def query_schedule(s: Settings) -> list[int]:
     share = np.linspace(first, last, s.rounds) if s.rounds > 1 else [first]
     schedule = [round(s.steps * float(x)) for x in share]
     if len(set(schedule)) < s.rounds:
-        raise InputError(f"--steps {s.steps} is too short for --rounds {s.rounds}: two rounds fall on one step")
+        raise InputError(
+            f"--steps {s.steps} is too short for --rounds {s.rounds}: two rounds fall on one step"
+        )
     return schedule
 
 
@@ -72,7 +79,9 @@ def regions_due(budget: int, s: Settings, asked_before: int) -> int:
     """
     area = 1 if s.unit == "pixel" else (2 * s.radius + 1) ** 2
     if budget < area:
-        raise InputError(f"the budget (--budget {s.budget}) is {budget} pixels, less than one region ({area})")
+        raise InputError(
+            f"the budget (--budget {s.budget}) is {budget} pixels, less than one region ({area})"
+        )
     return max(0, min(math.ceil(budget / s.rounds / area), (budget - asked_before) // area))
 
 
@@ -81,14 +90,20 @@ def score_of(s: Settings, logits: torch.Tensor, seed: int) -> torch.Tensor:
     if s.strategy == "random":
         return acquisition.random_score(logits.shape[-2:], seed, logits.device)
     if s.strategy in ("entropy", "margin"):
-        score = {"entropy": acquisition.entropy_score, "margin": acquisition.margin_score}[s.strategy]
+        score = {"entropy": acquisition.entropy_score, "margin": acquisition.margin_score}[
+            s.strategy
+        ]
         return score(logits, 0 if s.unit == "pixel" else s.radius)
     return (
-        acquisition.pixel_score(logits, s.radius) if s.unit == "pixel" else acquisition.ripu_score(logits, s.radius)[0]
+        acquisition.pixel_score(logits, s.radius)
+        if s.unit == "pixel"
+        else acquisition.ripu_score(logits, s.radius)[0]
     )
 
 
-def ask(s: Settings, run: Run, target: SegmentationDataset, rounds: Rounds, number: int, out: Path) -> None:
+def ask(
+    s: Settings, run: Run, target: SegmentationDataset, rounds: Rounds, number: int, out: Path
+) -> None:
     """One query round over the whole target set: score and select, ask the oracle, store, draw, report."""
     began = time.time()
     records = [rounds.record(earlier + 1) for earlier in range(number - 1)]
@@ -108,11 +123,17 @@ def ask(s: Settings, run: Run, target: SegmentationDataset, rounds: Rounds, numb
                     "answers so far": torch.where(answers == IGNORE, known, answers),
                     "truth": target.labels(index),
                 }
-                save_picture(panels, sample.size, out / "pictures" / f"round-{number:02d}" / f"{sample.id}.png")
+                save_picture(
+                    panels,
+                    sample.size,
+                    out / "pictures" / f"round-{number:02d}" / f"{sample.id}.png",
+                )
         new.notes = notes
     record = rounds.record(number)
     histogram = out / "pictures" / f"round-{number:02d}" / "classes.png"
-    class_picture(ledger([*records, record])["classes"], histogram, balanced="class_weights" in notes)
+    class_picture(
+        ledger([*records, record])["classes"], histogram, balanced="class_weights" in notes
+    )
     print(
         f"round {number}/{s.rounds}: asked {record['asked']:,} px ({record['regions']:,} of {notes['picks_due']:,} picks due, "
         f"{len(record['images'])} images), labelled {record['labelled']:,}, ignored by the truth {record['ignored']:,}, "
@@ -122,7 +143,14 @@ def ask(s: Settings, run: Run, target: SegmentationDataset, rounds: Rounds, numb
 
 
 @torch.no_grad()
-def choose(s: Settings, run: Run, target: SegmentationDataset, rounds: Rounds, number: int, records: list[dict]):
+def choose(
+    s: Settings,
+    run: Run,
+    target: SegmentationDataset,
+    rounds: Rounds,
+    number: int,
+    records: list[dict],
+):
     """Which centres round `number` asks: (centres (n,2) int64 of every image, panels of the images drawn, notes).
 
     RIPU: each image has its own budget. CBDA `dynamic`: one budget over all images; `balance`: scores are weighted by what
@@ -130,14 +158,20 @@ def choose(s: Settings, run: Run, target: SegmentationDataset, rounds: Rounds, n
     time. A pick blocks the centres within 2k (regions) or k (pixels) in this round and, through the pixels asked so far,
     in all later ones.
     """
-    dynamic, balance = (s.strategy == "cbda" and s.cbda in (part, "both") for part in ("dynamic", "balance"))
+    dynamic, balance = (
+        s.strategy == "cbda" and s.cbda in (part, "both") for part in ("dynamic", "balance")
+    )
     whole = budget_pixels(s, [sample.size for sample in target.samples])
     notes: dict = {"budget_px": whole}
     weights = None
     if balance:
-        weights = acquisition.class_weights(torch.tensor([*ledger(records)["classes"].values()]), whole)
+        weights = acquisition.class_weights(
+            torch.tensor([*ledger(records)["classes"].values()]), whole
+        )
         notes["class_weights"] = dict(zip(NAMES, weights.tolist(), strict=True))
-    count = regions_due(whole, s, sum(record["asked"] for record in records))  # of the round, over all images
+    count = regions_due(
+        whole, s, sum(record["asked"] for record in records)
+    )  # of the round, over all images
     pool = acquisition.GlobalBudget(count)
     block_radius = s.radius if s.unit == "pixel" else 2 * s.radius
     centres, shown, every = [], {}, math.ceil(len(target) / max(1, s.pictures))
@@ -149,17 +183,24 @@ def choose(s: Settings, run: Run, target: SegmentationDataset, rounds: Rounds, n
         with run.autocast():
             logits = run.model(x).float()
         logits = deeplab.upsample(logits, sample.size)[0]  # (C,H,W) at full size
-        prediction, score = logits.argmax(0), score_of(s, logits, mix_seed(s.seed, 3, number, index))
+        prediction, score = (
+            logits.argmax(0),
+            score_of(s, logits, mix_seed(s.seed, 3, number, index)),
+        )
         if not logits.isfinite().all():
             raise FloatingPointError(
                 f"{sample.image}: the network's output is not finite; nothing was asked; try a lower --lr"
             )
         if balance:
             score = acquisition.class_balanced(score, prediction, weights)
-            score = score.masked_fill((weights == 0).to(run.device)[prediction], -math.inf)  # has used up its share
+            score = score.masked_fill(
+                (weights == 0).to(run.device)[prediction], -math.inf
+            )  # has used up its share
         before = rounds.asked(sample.id, sample.size, number - 1)
         blocked = acquisition.dilate(before.to(run.device), s.radius) if number > 1 else None
-        due = count if dynamic else regions_due(budget_pixels(s, [sample.size]), s, int(before.sum()))
+        due = (
+            count if dynamic else regions_due(budget_pixels(s, [sample.size]), s, int(before.sum()))
+        )
         free = score.masked_fill(score < pool.floor, -math.inf) if dynamic else score
         picked = acquisition.select_regions(free, due, block_radius, blocked)
         if dynamic:
@@ -168,17 +209,29 @@ def choose(s: Settings, run: Run, target: SegmentationDataset, rounds: Rounds, n
             centres.append(picked.cpu())
             notes["picks_due"] += due
         if s.pictures and index % every == 0:
-            shown[index] = {"image": image, "prediction": prediction.to(torch.uint8).cpu(), "score": score.cpu()}
+            shown[index] = {
+                "image": image,
+                "prediction": prediction.to(torch.uint8).cpu(),
+                "score": score.cpu(),
+            }
     run.model.train()
     if dynamic:
         picks = pool.select()
-        centres = [picks.get(index, torch.empty(0, 2, dtype=torch.int64)) for index in range(len(target))]
+        centres = [
+            picks.get(index, torch.empty(0, 2, dtype=torch.int64)) for index in range(len(target))
+        ]
         notes["threshold"] = pool.threshold
     return centres, shown, notes
 
 
 def ask_images(
-    s: Settings, run: Run, teacher, target: SegmentationDataset, rounds: Rounds, number: int, count: int
+    s: Settings,
+    run: Run,
+    teacher,
+    target: SegmentationDataset,
+    rounds: Rounds,
+    number: int,
+    count: int,
 ) -> None:
     """STAL's query: `count` whole images, the most uncertain of each group (Eq. (8)); stores them as round `number`.
 
@@ -206,13 +259,21 @@ def ask_images(
                 del shown[min(shown, key=lambda i: score[i].item())]
         score = add_up(score.to(run.device)).cpu()
     else:
-        score[left] = torch.from_numpy(np.random.default_rng(mix_seed(s.seed, 3, number)).random(len(left)))
+        score[left] = torch.from_numpy(
+            np.random.default_rng(mix_seed(s.seed, 3, number)).random(len(left))
+        )
     if rank == 0:
         groups: dict[str, list[int]] = {}
         for index in left:
             groups.setdefault(target.samples[index].group, []).append(index)
-        quotas = acquisition.split_by_group({g: len(members) for g, members in groups.items()}, count)
-        chosen = [i for g, members in groups.items() for i in sorted(members, key=lambda i: -score[i])[: quotas[g]]]
+        quotas = acquisition.split_by_group(
+            {g: len(members) for g, members in groups.items()}, count
+        )
+        chosen = [
+            i
+            for g, members in groups.items()
+            for i in sorted(members, key=lambda i: -score[i])[: quotas[g]]
+        ]
         size = parse_size(s.target_size)
         with rounds.new(number) as new:
             for index in chosen:
@@ -221,8 +282,15 @@ def ask_images(
                 new.add(sample.id, everything, ground_truth(target, index), 1, size, s.keep_labels)
                 if index in shown:
                     panels = {**shown[index], "answers": target.labels(index)}
-                    save_picture(panels, sample.size, run.out / "pictures" / f"round-{number:02d}" / f"{sample.id}.png")
-            new.notes = {"quotas": quotas, "scores": {target.samples[i].id: score[i].item() for i in chosen}}
+                    save_picture(
+                        panels,
+                        sample.size,
+                        run.out / "pictures" / f"round-{number:02d}" / f"{sample.id}.png",
+                    )
+            new.notes = {
+                "quotas": quotas,
+                "scores": {target.samples[i].id: score[i].item() for i in chosen},
+            }
         record = rounds.record(number)
         print(
             f"round {number}/{s.rounds}: asked {len(record['images'])} whole images ({record['asked']:,} px) of {len(left)} "
@@ -241,20 +309,36 @@ def pseudo_schedule(s: Settings, queries: list[int]) -> list[int]:
             schedule = [int(part) for part in s.pseudo_steps.split(",")]
         except ValueError:
             schedule = []
-        if not schedule or schedule != sorted(set(schedule)) or schedule[0] < 0 or schedule[-1] >= s.steps:
-            raise InputError(f"--pseudo-steps needs growing steps below --steps ({s.steps}); got {s.pseudo_steps!r}")
+        if (
+            not schedule
+            or schedule != sorted(set(schedule))
+            or schedule[0] < 0
+            or schedule[-1] >= s.steps
+        ):
+            raise InputError(
+                f"--pseudo-steps needs growing steps below --steps ({s.steps}); got {s.pseudo_steps!r}"
+            )
         return schedule
     first = queries[-1]
     return sorted({first + (s.steps - first) * part // 4 for part in range(4)})
 
 
-def labels_and_pseudo(target: SegmentationDataset, rounds: Rounds, pseudo: Rounds, index: int, upto: int, number: int):
+def labels_and_pseudo(
+    target: SegmentationDataset, rounds: Rounds, pseudo: Rounds, index: int, upto: int, number: int
+):
     """The bought labels of an image, and 100 + c where there is none but round `number` of pseudo-labels says c."""
-    bought, guessed = labels_known(target, rounds, index, upto), pseudo_labels(target, pseudo, number, index)
-    return torch.where(bought != IGNORE, bought, torch.where(guessed != IGNORE, guessed + PSEUDO, IGNORE))
+    bought, guessed = (
+        labels_known(target, rounds, index, upto),
+        pseudo_labels(target, pseudo, number, index),
+    )
+    return torch.where(
+        bought != IGNORE, bought, torch.where(guessed != IGNORE, guessed + PSEUDO, IGNORE)
+    )
 
 
-def labels_known(target: SegmentationDataset, rounds: Rounds, index: int, upto: int) -> torch.Tensor:
+def labels_known(
+    target: SegmentationDataset, rounds: Rounds, index: int, upto: int
+) -> torch.Tensor:
     """The labels of a target image that rounds 1..upto bought: (H,W) uint8, 255 elsewhere."""
     sample = target.samples[index]
     return rounds.labels(sample.id, sample.size, upto)

@@ -23,7 +23,7 @@ import PIL
 import torch
 import torchvision
 
-from alda import deeplab
+from alda import InputError, deeplab
 from alda.datasets import (
     EndlessSampler,
     JointTransform,
@@ -34,7 +34,6 @@ from alda.datasets import (
     load,
     mix_seed,
 )
-from alda.errors import InputError
 from alda.evaluation import parse_size, picture
 from alda.processes import rank_and_number
 from alda.settings import parse_scale
@@ -56,7 +55,15 @@ def batches(s, dataset: SegmentationDataset, step: int, stream: int, labels_of):
     sampler = EndlessSampler(len(dataset), mix_seed(s.seed, stream), presence=presence)
     sampler.load_state_dict({"position": step * s.batch})
     view = TrainingView(dataset, transform_of(s, stream), mix_seed(s.seed, stream, 1), labels_of)
-    return iter(load(view, s.workers, batch_size=s.batch, sampler=sampler, pin_memory=torch.cuda.is_available()))
+    return iter(
+        load(
+            view,
+            s.workers,
+            batch_size=s.batch,
+            sampler=sampler,
+            pin_memory=torch.cuda.is_available(),
+        )
+    )
 
 
 def transform_of(s, stream: int, crop_at=None) -> JointTransform:
@@ -72,7 +79,9 @@ def transform_of(s, stream: int, crop_at=None) -> JointTransform:
     )
 
 
-def mixed_batches(s, views: list[TrainingView], entries: list[tuple[int, int]], step: int, seed: int):
+def mixed_batches(
+    s, views: list[TrainingView], entries: list[tuple[int, int]], step: int, seed: int
+):
     """An endless iterator of [images, labels, dataset indices (N,) int64] of several views, shuffled, from step `step` on.
 
     Under torchrun each process gets its own part of every step. The views must give images of one size.
@@ -81,7 +90,15 @@ def mixed_batches(s, views: list[TrainingView], entries: list[tuple[int, int]], 
     sampler = EndlessSampler(len(entries), seed, rank, world)
     sampler.load_state_dict({"position": step * s.batch * world})
     mixture = Mixture(views, entries)
-    return iter(load(mixture, s.workers, batch_size=s.batch, sampler=sampler, pin_memory=torch.cuda.is_available()))
+    return iter(
+        load(
+            mixture,
+            s.workers,
+            batch_size=s.batch,
+            sampler=sampler,
+            pin_memory=torch.cuda.is_available(),
+        )
+    )
 
 
 def next_batch(iterator, device):
@@ -104,17 +121,24 @@ class Run:
         self.rank, world = rank_and_number()
         self.network = network_of(s)
         self.model = self.fresh_model()
-        self.forward: torch.nn.Module = self.model  # what training calls; under torchrun it averages the gradients
+        self.forward: torch.nn.Module = (
+            self.model
+        )  # what training calls; under torchrun it averages the gradients
         if world > 1:
             if device.type == "cuda":
                 self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
             ids = [device.index] if device.type == "cuda" else None
             self.forward = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
         self.optimizer = torch.optim.SGD(
-            deeplab.parameter_groups(self.model, s.lr), lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay
+            deeplab.parameter_groups(self.model, s.lr),
+            lr=s.lr,
+            momentum=s.momentum,
+            weight_decay=s.weight_decay,
         )
         self.parts: dict = {}  # name: what else a checkpoint holds, anything with state_dict and load_state_dict
-        self.history: list[torch.Tensor] = []  # the losses of the steps since the last progress line, on the device
+        self.history: list[
+            torch.Tensor
+        ] = []  # the losses of the steps since the last progress line, on the device
         self.names: list[str] = []
         self.clock = None
 
@@ -123,18 +147,24 @@ class Run:
         torch.manual_seed(mix_seed(self.s.seed, 0))
         model = deeplab.build(**self.network, init=self.s.init).to(self.device).train()
         if rank_and_number()[1] > 1:
-            torch.manual_seed(mix_seed(self.s.seed, 0, self.rank))  # every process has its own dropout
+            torch.manual_seed(
+                mix_seed(self.s.seed, 0, self.rank)
+            )  # every process has its own dropout
         return model
 
     def autocast(self):
         """The context of forward passes: bfloat16 under --precision bfloat16, else nothing."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.s.precision == "bfloat16")
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.s.precision == "bfloat16"
+        )
 
     def set_rate(self, factor: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.s.lr * group["factor"] * factor
 
-    def descend(self, losses: dict[str, torch.Tensor], weights: dict[str, float], health: dict | None = None) -> None:
+    def descend(
+        self, losses: dict[str, torch.Tensor], weights: dict[str, float], health: dict | None = None
+    ) -> None:
         """One optimizer step on the weighted sum. Nothing is read from the device: see `log`.
 
         `health` holds further 0-dim numbers of the step that are averaged and logged like losses.
@@ -182,12 +212,16 @@ class Run:
 
     def finite_losses(self, step: int) -> torch.Tensor:
         """The losses since the last progress line, (n,L) on the host; raises FloatingPointError where one is not finite."""
-        values = torch.stack(self.history).cpu() if self.history else torch.empty(0, len(self.names))
+        values = (
+            torch.stack(self.history).cpu() if self.history else torch.empty(0, len(self.names))
+        )
         if not values.isfinite().all():
             row = (~values.isfinite()).any(1).nonzero()[0].item()
             losses = dict(zip(self.names, values[row].tolist(), strict=True))
             where = step - len(values) + row + 1
-            raise FloatingPointError(f"step {where}: a loss is not finite: {losses}; try a lower --lr")
+            raise FloatingPointError(
+                f"step {where}: a loss is not finite: {losses}; try a lower --lr"
+            )
         return values
 
     def write_metrics(self, line: dict) -> None:
@@ -198,7 +232,9 @@ class Run:
 
     def save(self, step: int) -> None:
         """Writes checkpoints/last.pt: everything that the rest of the run depends on. Under a temporary name, then renamed."""
-        self.finite_losses(step)  # a network that is lost is never saved, and never asks an annotator
+        self.finite_losses(
+            step
+        )  # a network that is lost is never saved, and never asks an annotator
         if self.rank:
             return
         state = {
@@ -209,7 +245,9 @@ class Run:
             "history": self.history,
             "names": self.names,
             "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "random_cuda": torch.cuda.get_rng_state(self.device)
+            if self.device.type == "cuda"
+            else None,
             **{name: part.state_dict() for name, part in self.parts.items()},
         }
         path = self.out / "checkpoints" / "last.pt"
@@ -255,7 +293,9 @@ class Run:
 
 def network_of(s) -> dict:
     """The arguments of deeplab.build that the settings ask for; a checkpoint keeps them."""
-    batch_norm = ("live" if s.init == "none" else "frozen") if s.batch_norm == "auto" else s.batch_norm
+    batch_norm = (
+        ("live" if s.init == "none" else "frozen") if s.batch_norm == "auto" else s.batch_norm
+    )
     network = {"net": s.net, "backbone": s.backbone, "batch_norm": batch_norm}
     if s.net == "deeplabv3plus" and s.head == "stal":
         network |= {"aspp": "dense", "multi_grid": (2, 2, 4)}
@@ -268,14 +308,28 @@ def memory_in_use(device: torch.device) -> float:
     """Peak memory in GB: of the device under CUDA, of the process otherwise."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024)
+        / 1e9
+    )
 
 
 def code_version() -> str | None:
     """The commit of this package's checkout, '-dirty' when changed; None where it is not a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+    ]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -291,14 +345,20 @@ def prepare(s) -> Path:
     config = out / "config.json"
     if config.is_file():
         if not s.resume:
-            raise InputError(f"{out} holds a run already: --resume goes on with it, another --out starts a new one")
+            raise InputError(
+                f"{out} holds a run already: --resume goes on with it, another --out starts a new one"
+            )
         old, new = json.loads(config.read_text())["settings"], dataclasses.asdict(s)
         processes = json.loads(config.read_text()).get("processes", 1)
         if processes != rank_and_number()[1]:  # steps, batches and loops depend on it
-            raise InputError(f"{out} was started with {processes} processes; resume it with as many")
+            raise InputError(
+                f"{out} was started with {processes} processes; resume it with as many"
+            )
         changed = [k for k in new if k not in MAY_CHANGE and old.get(k) != new[k]]
         if changed:
-            what = ", ".join(f"--{k.replace('_', '-')} {old.get(k)!r} -> {new[k]!r}" for k in changed)
+            what = ", ".join(
+                f"--{k.replace('_', '-')} {old.get(k)!r} -> {new[k]!r}" for k in changed
+            )
             raise InputError(
                 f"{out} was started with other settings ({what}); resume with the same ones or use another --out"
             )

@@ -44,14 +44,18 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.nn.functional as F
 
+from alda import IGNORE
 from alda.processes import add_up
 
-IGNORE = 255
 ROWS = 32  # rows of probabilities worked on at a time, so that products with a prior stay small
 CHUNK = 2**18  # pixels counted at a time
 DROPPED = 13  # low bits of a float32 that a bin leaves out: 10 bits of the fraction remain
-FIRST = (127 - 20) << (23 - DROPPED)  # the bin of 2^-20; what is less confident counts as no prediction at all
-BINS = (20 << (23 - DROPPED)) + 1  # 2^-20 ... 1: 1024 bins for each halving of the confidence, and one for exactly 1
+FIRST = (127 - 20) << (
+    23 - DROPPED
+)  # the bin of 2^-20; what is less confident counts as no prediction at all
+BINS = (
+    20 << (23 - DROPPED)
+) + 1  # 2^-20 ... 1: 1024 bins for each halving of the confidence, and one for exactly 1
 # the official list for copy-paste: all train ids but road, sidewalk, building, vegetation and sky
 COPY_PASTE_CLASSES = tuple(c for c in range(19) if c not in (0, 1, 2, 8, 10))
 
@@ -102,10 +106,18 @@ class ConfidenceHistogram:
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
         if not 1 <= num_classes <= IGNORE:
-            raise ValueError(f"labels are uint8 with 255 = ignore: 1 to 255 classes, got {num_classes}")
-        self.predicted = torch.zeros(num_classes, dtype=torch.int64, device=device)  # all pixels predicted as c
-        self.counts = torch.zeros(num_classes, BINS, dtype=torch.int64, device=device)  # those that are ranked
-        self.rest = torch.zeros_like(self.counts)  # sums of the dropped bits: they give the mean of a bin
+            raise ValueError(
+                f"labels are uint8 with 255 = ignore: 1 to 255 classes, got {num_classes}"
+            )
+        self.predicted = torch.zeros(
+            num_classes, dtype=torch.int64, device=device
+        )  # all pixels predicted as c
+        self.counts = torch.zeros(
+            num_classes, BINS, dtype=torch.int64, device=device
+        )  # those that are ranked
+        self.rest = torch.zeros_like(
+            self.counts
+        )  # sums of the dropped bits: they give the mean of a bin
 
     @torch.no_grad()
     def add(self, prob: torch.Tensor, prior: torch.Tensor | None = None, stride: int = 1) -> None:
@@ -115,18 +127,26 @@ class ConfidenceHistogram:
         """
         if prob.dim() != 3 or len(prob) != len(self.predicted) or stride < 1:
             expected = f"({len(self.predicted)},H,W) and a stride of at least 1"
-            raise ValueError(f"expected probabilities {expected}, got {tuple(prob.shape)} and {stride}")
+            raise ValueError(
+                f"expected probabilities {expected}, got {tuple(prob.shape)} and {stride}"
+            )
         confidence, prediction = _best_class(prob, prior)
         if not (confidence <= 1 + 1e-3).all():
-            raise ValueError(f"expected probabilities in [0,1], found {confidence.max():g}: a softmax may be missing")
+            raise ValueError(
+                f"expected probabilities in [0,1], found {confidence.max():g}: a softmax may be missing"
+            )
         valid = confidence >= 2.0**-20
         confidence, prediction = confidence[valid].clamp_(max=1), prediction[valid]  # (H,W) -> (n,)
-        self.predicted += torch.bincount(prediction, minlength=len(self.predicted)).to(self.predicted.device)
+        self.predicted += torch.bincount(prediction, minlength=len(self.predicted)).to(
+            self.predicted.device
+        )
         if stride > 1:  # in raster order within the class, as the official code
             kept = torch.cat([(prediction == c).nonzero()[::stride, 0] for c in range(len(prob))])
             confidence, prediction = confidence[kept], prediction[kept]
         for part, classes in zip(confidence.split(CHUNK), prediction.split(CHUNK), strict=True):
-            bits = part.view(torch.int32)  # the bits of positive floats are in the order of their values
+            bits = part.view(
+                torch.int32
+            )  # the bits of positive floats are in the order of their values
             bins = (classes.long() * BINS + (bits >> DROPPED) - FIRST).to(self.counts.device)
             rest = (bits & ((1 << DROPPED) - 1)).long().to(self.counts.device)
             self.counts.view(-1).scatter_add_(0, bins, torch.ones_like(bins))
@@ -136,13 +156,19 @@ class ConfidenceHistogram:
         """(C,) float32, see cbst_thresholds; any number of portions can be asked of one histogram."""
         if not 0 <= portion <= 1:
             raise ValueError(f"portion must lie in [0,1], got {portion}")
-        counts, rest = (x if balanced else x.sum(0, keepdim=True) for x in (self.counts, self.rest))  # (C,B) or (1,B)
+        counts, rest = (
+            x if balanced else x.sum(0, keepdim=True) for x in (self.counts, self.rest)
+        )  # (C,B) or (1,B)
         # exp(-k_c) = the floor(portion * n_c)-th highest of the n_c confidences
         rank = (portion * counts.sum(1).double()).floor().long()
-        reached = counts.flip(1).cumsum(1)  # (C,B), the top bin first: how many values are in this bin or a higher one
+        reached = counts.flip(1).cumsum(
+            1
+        )  # (C,B), the top bin first: how many values are in this bin or a higher one
         place = BINS - 1 - (reached < rank[:, None]).sum(1, keepdim=True)  # (C,1)
         number, rest = counts.gather(1, place).clamp(min=1), rest.gather(1, place)
-        mean = (rest + number // 2) // number  # within a bin the exponent is one, so values are linear in their bits
+        mean = (
+            rest + number // 2
+        ) // number  # within a bin the exponent is one, so values are linear in their bits
         value = (((place + FIRST) << DROPPED) + mean)[:, 0].to(torch.int32).view(torch.float32)
         return torch.where(rank > 0, value, 1.0).expand(len(self.predicted)).clone()
 
@@ -152,7 +178,10 @@ class ConfidenceHistogram:
 
 @torch.no_grad()
 def cbst_pseudo_labels(
-    prob: torch.Tensor, thresholds: torch.Tensor, prior: torch.Tensor | None = None, rules: str = "paper"
+    prob: torch.Tensor,
+    thresholds: torch.Tensor,
+    prior: torch.Tensor | None = None,
+    rules: str = "paper",
 ) -> torch.Tensor:
     """Pseudo-labels of an image: probabilities (C,H,W) or (N,C,H,W) -> uint8 (H,W) or (N,H,W), 255 = ignore.
 
@@ -167,14 +196,18 @@ def cbst_pseudo_labels(
         raise ValueError(f"expected {prob.shape[-3]} thresholds above 0, got {thresholds.tolist()}")
     if rules not in ("paper", "code"):
         raise ValueError(f"rules must be 'paper' or 'code', got {rules!r}")
-    weighted, labels = _best_class(prob, prior, thresholds.to(prob.device, torch.float32)[:, None, None])
+    weighted, labels = _best_class(
+        prob, prior, thresholds.to(prob.device, torch.float32)[:, None, None]
+    )
     return labels.masked_fill_(~(weighted > 1 if rules == "paper" else weighted >= 1), IGNORE)
 
 
 def _best_class(prob, prior=None, thresholds=None) -> tuple[torch.Tensor, torch.Tensor]:
     """max_c p_c q_c / exp(-k_c) float32 and its class uint8, (...,H,W) each; of equal maxima the lowest class wins."""
     if prior is not None and prior.shape != prob.shape[-3:]:
-        raise ValueError(f"prior {tuple(prior.shape)} and probabilities {tuple(prob.shape)} differ in C, H or W")
+        raise ValueError(
+            f"prior {tuple(prior.shape)} and probabilities {tuple(prob.shape)} differ in C, H or W"
+        )
     values, classes = [], []
     for start in range(0, prob.shape[-2], ROWS):
         strip = prob[..., start : start + ROWS, :].float()  # (...,C,ROWS,W)
@@ -188,7 +221,9 @@ def _best_class(prob, prior=None, thresholds=None) -> tuple[torch.Tensor, torch.
     return torch.cat(values, -2), torch.cat(classes, -2)
 
 
-def pseudo_label_statistics(pseudo: torch.Tensor, truth: torch.Tensor, num_classes: int) -> dict[str, torch.Tensor]:
+def pseudo_label_statistics(
+    pseudo: torch.Tensor, truth: torch.Tensor, num_classes: int
+) -> dict[str, torch.Tensor]:
     """Counters of one image for a report, each (C,) int64; add them up over images, then divide.
 
     `pseudo` and `truth` are integer labels (...,H,W), 255 = none. Accuracy of class c is correct / judged, coverage
@@ -214,7 +249,10 @@ def pseudo_label_statistics(pseudo: torch.Tensor, truth: torch.Tensor, num_class
 
 @torch.no_grad()
 def spatial_prior(
-    labels: Iterable[torch.Tensor], num_classes: int, size: tuple[int, int], sigma: float | None = None
+    labels: Iterable[torch.Tensor],
+    num_classes: int,
+    size: tuple[int, int],
+    sigma: float | None = None,
 ) -> torch.Tensor:
     """CBST-SP's spatial priors q_c from the source's label maps: (C,*size) float32 in [0,1], on the labels' device.
 
@@ -236,14 +274,20 @@ def spatial_prior(
     counts = None
     for label in labels:
         if counts is None:
-            counts = torch.zeros(num_classes + 1, *size, device=label.device)  # the last plane takes the ignored pixels
+            counts = torch.zeros(
+                num_classes + 1, *size, device=label.device
+            )  # the last plane takes the ignored pixels
         pairs = zip(size, label.shape, strict=True)
-        rows, cols = ((2 * torch.arange(n, device=label.device) + 1) * have // (2 * n) for n, have in pairs)
+        rows, cols = (
+            (2 * torch.arange(n, device=label.device) + 1) * have // (2 * n) for n, have in pairs
+        )
         cells = label[rows][:, cols].long()  # (h,w) -> (H,W)
         cells = cells.masked_fill(cells == IGNORE, num_classes)
         counts.scatter_add_(0, cells[None], torch.ones_like(counts[:1]))
     if counts is None or not counts[:-1].any():
-        raise ValueError("no source label map holds a label: there is nothing to estimate a spatial prior from")
+        raise ValueError(
+            "no source label map holds a label: there is nothing to estimate a spatial prior from"
+        )
     blur_rows, blur_cols = (_gaussian(n, sigma).to(counts.device) for n in size)
     smooth = blur_rows @ counts[:-1] @ blur_cols.T  # (H,H) (C,H,W) (W,W) -> (C,H,W)
     frequency = smooth / smooth.sum(0).clamp(min=1e-12)
@@ -254,19 +298,25 @@ def spatial_prior(
 def _gaussian(length: int, sigma: float) -> torch.Tensor:
     """(length, length) weights of a Gaussian blur along one axis; every row sums to 1. `sigma` 0 blurs nothing."""
     distance = (torch.arange(length)[:, None] - torch.arange(length)).float()
-    weight = torch.exp(-((distance / max(sigma, 1e-6)) ** 2) / 2).masked_fill(distance.abs() > 3 * sigma, 0)
+    weight = torch.exp(-((distance / max(sigma, 1e-6)) ** 2) / 2).masked_fill(
+        distance.abs() > 3 * sigma, 0
+    )
     return weight / weight.sum(1, keepdim=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ schedules
 
 
-def target_portion(number: int, start: float = 0.2, step: float = 0.05, maximum: float = 0.5) -> float:
+def target_portion(
+    number: int, start: float = 0.2, step: float = 0.05, maximum: float = 0.5
+) -> float:
     """Share of each class's predictions that become pseudo-labels in round `number` = 0, 1, 2, ...: 20 % + 5 % to 50 %."""
     return round(min(start + step * number, maximum), 9)
 
 
-def source_portion(number: int, start: float = 0.03, step: float = 0.0025, maximum: float = 0.06) -> float:
+def source_portion(
+    number: int, start: float = 0.03, step: float = 0.0025, maximum: float = 0.06
+) -> float:
     """Share of the source images that are trained on in round `number` = 0, 1, 2, ...: 3 % + 0.25 % to 6 %."""
     return round(min(start + step * number, maximum), 9)
 
@@ -279,7 +329,9 @@ def cbst_learning_rate(base: float, number: int) -> float:
 # --------------------------------------------------------------------------------------------------------- patch mining
 
 
-def rare_classes(counts: torch.Tensor, number: int = 3, share: float = 1e-3) -> tuple[list[int], list[int]]:
+def rare_classes(
+    counts: torch.Tensor, number: int = 3, share: float = 1e-3
+) -> tuple[list[int], list[int]]:
     """The classes to mine patches for, from the predicted pixels (C,) of each class: (under `share`, the `number` rarest).
 
     Both lists are ordered from the rarest on, ties by class id; classes never predicted come first and cost nothing (no
@@ -292,7 +344,11 @@ def rare_classes(counts: torch.Tensor, number: int = 3, share: float = 1e-3) -> 
 
 
 def mine_patch(
-    labels: torch.Tensor, rare: Sequence[Sequence[int]], crop: tuple[int, int], generator: torch.Generator, chance=0.8
+    labels: torch.Tensor,
+    rare: Sequence[Sequence[int]],
+    crop: tuple[int, int],
+    generator: torch.Generator,
+    chance=0.8,
 ) -> tuple[int, int] | None:
     """(top, left) of a crop around a pixel of a rare class in the pseudo-labels (H,W), or None: crop anywhere.
 
@@ -303,7 +359,9 @@ def mine_patch(
     if torch.rand((), generator=generator).item() >= chance:
         return None
     present = set(labels.unique().tolist()) - {IGNORE}
-    candidates = next((found for group in rare if (found := [c for c in group if c in present])), None)
+    candidates = next(
+        (found for group in rare if (found := [c for c in group if c in present])), None
+    )
     if candidates is None:
         return None
     chosen = candidates[torch.randint(len(candidates), (), generator=generator).item()]
@@ -318,7 +376,9 @@ def mine_patch(
 
 
 @torch.no_grad()
-def update_teacher(teacher: torch.nn.Module, student: torch.nn.Module, step: int, decay: float = 0.99) -> None:
+def update_teacher(
+    teacher: torch.nn.Module, student: torch.nn.Module, step: int, decay: float = 0.99
+) -> None:
     """Moves the teacher's parameters towards the student's after step `step` (from 0); buffers stay the teacher's own.
 
     STAL's mean teacher: t <- a t + (1 - a) s, a = min(1 - 1/(step + 1), decay), so that step 0 copies.
@@ -338,7 +398,9 @@ def entropy(prob: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(prob.float()).sum(-3)
 
 
-def percentile(values: torch.Tensor, share: float, counts: torch.Tensor | None = None) -> torch.Tensor:
+def percentile(
+    values: torch.Tensor, share: float, counts: torch.Tensor | None = None
+) -> torch.Tensor:
     """The value that `share` of `values` lie below, interpolated as numpy.percentile does: any shape -> (1,) float32.
 
     `counts`, bool of the same shape, leaves values out. By sorting: any size (torch.quantile has a limit), no waiting.
@@ -366,11 +428,15 @@ def reliable_pseudo_labels(
     are ignored and not counted. Raises ValueError for a share outside [0,1] or other rules.
     """
     if not 0 <= drop <= 1 or rules not in ("paper", "code"):
-        raise ValueError(f"drop must be in [0,1] and rules 'paper' or 'code', got {drop} and {rules!r}")
+        raise ValueError(
+            f"drop must be in [0,1] and rules 'paper' or 'code', got {drop} and {rules!r}"
+        )
     uncertainty = entropy(prob)
     labels = prob.argmax(-3).to(torch.uint8)
     if drop > 0 and rules == "paper":
-        labels = labels.masked_fill(~(uncertainty < percentile(uncertainty, 1 - drop, counts)), IGNORE)
+        labels = labels.masked_fill(
+            ~(uncertainty < percentile(uncertainty, 1 - drop, counts)), IGNORE
+        )
     elif drop > 0:
         labels = labels.masked_fill(uncertainty < percentile(uncertainty, drop, counts), IGNORE)
     return labels if counts is None else labels.masked_fill(~counts, IGNORE)
@@ -396,7 +462,9 @@ def contrastive_masks(
     if counts is not None:
         masks = masks & counts
     known = (labels != IGNORE).expand(2, *labels.shape)
-    planes = torch.cat([torch.cat([labels, pseudo])[None], torch.cat([known, masks], 1)]).float()  # (3,L+U,H,W)
+    planes = torch.cat(
+        [torch.cat([labels, pseudo])[None], torch.cat([known, masks], 1)]
+    ).float()  # (3,L+U,H,W)
     small, reliable, unreliable = F.interpolate(planes, size=tuple(size), mode="nearest")
     return small.to(torch.uint8), reliable.bool(), unreliable.bool()
 
@@ -412,17 +480,25 @@ class ConfidenceBank:
     collective over the pixels of all processes.
     """
 
-    def __init__(self, num_classes: int, momentum: float = 0.999, device: torch.device | str = "cpu"):
+    def __init__(
+        self, num_classes: int, momentum: float = 0.999, device: torch.device | str = "cpu"
+    ):
         self.momentum, self.value = momentum, torch.zeros(num_classes, device=device)
 
     @torch.no_grad()
     def update(self, prob: torch.Tensor, labels: torch.Tensor) -> None:
         """prob (N,C,H,W), the student's on labelled images; labels (N,H,W), 255 = none."""
         hits = [labels == c for c in range(len(self.value))]
-        sums = torch.stack([(prob[:, c].float() * hit).sum().double() for c, hit in enumerate(hits)])
-        sums = torch.cat([sums, torch.stack([hit.sum() for hit in hits])])  # (2C,): sums of p_c, then pixels
+        sums = torch.stack(
+            [(prob[:, c].float() * hit).sum().double() for c, hit in enumerate(hits)]
+        )
+        sums = torch.cat(
+            [sums, torch.stack([hit.sum() for hit in hits])]
+        )  # (2C,): sums of p_c, then pixels
         total, number = add_up(sums).chunk(2)
-        now = self.momentum * self.value + (1 - self.momentum) * (total / number.clamp(min=1)).float()
+        now = (
+            self.momentum * self.value + (1 - self.momentum) * (total / number.clamp(min=1)).float()
+        )
         self.value = torch.where(number > 0, now, self.value)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -443,7 +519,9 @@ def class_chances(confidence: torch.Tensor, power: float = 1.0) -> torch.Tensor:
 
 def draw(chances: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Draws by `chances` (C,) from u in [0,1), by the inverse of the cumulative sum: u (...) -> (...) int64."""
-    return torch.searchsorted(chances.double().cumsum(0), u.double(), right=True).clamp(max=len(chances) - 1)
+    return torch.searchsorted(chances.double().cumsum(0), u.double(), right=True).clamp(
+        max=len(chances) - 1
+    )
 
 
 def keep_by_class(
@@ -473,8 +551,12 @@ def copy_paste(
 
     Images (N,3,H,W) float, labels (N,H,W) train ids in one label space. Returns new images and labels.
     """
-    pasted = (other_labels[..., None] == classes).any(-1)  # (N,H,W,1) == (k,) -> (N,H,W,k) -> (N,H,W)
-    return torch.where(pasted[:, None], other_images, images), torch.where(pasted, other_labels, labels)
+    pasted = (other_labels[..., None] == classes).any(
+        -1
+    )  # (N,H,W,1) == (k,) -> (N,H,W,k) -> (N,H,W)
+    return torch.where(pasted[:, None], other_images, images), torch.where(
+        pasted, other_labels, labels
+    )
 
 
 class ImageBank:
@@ -492,7 +574,9 @@ class ImageBank:
         area = torch.stack([(prediction == c).sum((1, 2)) for c in range(len(self.share))])  # (C,N)
         self.share[:, index] = area / prediction[0].numel()
 
-    def draw(self, chances: torch.Tensor, u: torch.Tensor, least: float = 1e-4) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(
+        self, chances: torch.Tensor, u: torch.Tensor, least: float = 1e-4
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """A class by `chances` (C,) and an image with at least the share `least` of it (any image if none has), u (2,).
 
         Returns two 0-dim int64 tensors on the device; read them a step later, so that the step does not wait.
@@ -511,7 +595,11 @@ class ImageBank:
 def nth(mask: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """The place of the floor(u * n)-th of the n Trues of `mask` (P,), a 0-dim int64; 0 where there is none."""
     running = mask.cumsum(0)
-    return (running <= (u * running[-1]).floor().clamp(max=running[-1] - 1)).sum().clamp(max=len(mask) - 1)
+    return (
+        (running <= (u * running[-1]).floor().clamp(max=running[-1] - 1))
+        .sum()
+        .clamp(max=len(mask) - 1)
+    )
 
 
 def class_box(
@@ -534,14 +622,18 @@ def class_box(
     """
     height, width = prediction.shape
     grid = prediction[::stride, ::stride] == c
-    start = (torch.arange(grid.numel(), device=grid.device) == nth(grid.flatten(), u[0])).view_as(grid) & grid
+    start = (torch.arange(grid.numel(), device=grid.device) == nth(grid.flatten(), u[0])).view_as(
+        grid
+    ) & grid
     patch = component(grid, start, sweeps)
     found = patch.sum() > least * grid.numel()
     y0, y1 = extent(patch.any(1) | ~found, stride, height)
     x0, x1 = extent(patch.any(0) | ~found, stride, width)
     size = 0.5 if share is None else share
     # h' = h (s H W / (h w))^u, w' = s H W / h', within the image
-    tall = ((y1 - y0) * (size * height * width / ((y1 - y0) * (x1 - x0))) ** u[1]).clamp(size * height, height)
+    tall = ((y1 - y0) * (size * height * width / ((y1 - y0) * (x1 - x0))) ** u[1]).clamp(
+        size * height, height
+    )
     a0, a1 = place(y0, y1, tall, height, u[2])
     b0, b1 = place(x0, x1, size * height * width / tall, width, u[3])
     box = torch.stack([a0, b0, a1, b1])
@@ -568,7 +660,10 @@ def place(
 
 def component(grid: torch.Tensor, start: torch.Tensor, sweeps: int) -> torch.Tensor:
     """The True pixels of `grid` (H,W) that are connected (8 neighbours) with `start`, by at most `sweeps` sweeps: bool."""
-    reached, runs = start.float(), [(~grid).cumsum(dim) for dim in (1, 0)]  # pixels of one run have the same number
+    reached, runs = (
+        start.float(),
+        [(~grid).cumsum(dim) for dim in (1, 0)],
+    )  # pixels of one run have the same number
     for _ in range(sweeps):
         for dim, run in zip((1, 0), runs, strict=True):
             hit = reached.new_zeros(len(grid) + (dim == 0), grid.shape[1] + (dim == 1))

@@ -11,10 +11,16 @@ import copy
 
 import torch
 
-from alda import deeplab
-from alda.datasets import IGNORE, NUM_CLASSES, mix_seed
+from alda import IGNORE, deeplab
+from alda.datasets import NUM_CLASSES, mix_seed
 from alda.evaluation import evaluate
-from alda.losses import MemoryBank, contrastive, contrastive_sets, ohem_cross_entropy, weighted_consistency
+from alda.losses import (
+    MemoryBank,
+    contrastive,
+    contrastive_sets,
+    ohem_cross_entropy,
+    weighted_consistency,
+)
 from alda.mixing import CUT, PASTE, Partners
 from alda.processes import rank_and_number, share_buffers
 from alda.run import Run
@@ -74,16 +80,22 @@ class Stal:
 
     def generator(self, step: int) -> torch.Generator:
         """The random draws of a step, a function of seed, step and process: a checkpoint needs no state of it."""
-        return torch.Generator(self.device).manual_seed(mix_seed(self.s.seed, 20, step, rank_and_number()[0]))
+        return torch.Generator(self.device).manual_seed(
+            mix_seed(self.s.seed, 20, step, rank_and_number()[0])
+        )
 
-    def losses(self, batch: list[torch.Tensor], others: dict, generator: torch.Generator, progress: float):
+    def losses(
+        self, batch: list[torch.Tensor], others: dict, generator: torch.Generator, progress: float
+    ):
         """The named losses of a step and the numbers that only the log shows; nothing is read from the device.
 
         `batch` is images (N,3,H,W), labels (N,H,W) and, unless the unlabelled parts are off, images, truth
         (datasets.truth_inside) and dataset indices of unlabelled images; `progress` is the share of the loop that is done.
         """
         s, (images, labels, *rest) = self.s, batch
-        if PASTE in others:  # as in the official code, every image gets all classes that were drawn for the batch
+        if (
+            PASTE in others
+        ):  # as in the official code, every image gets all classes that were drawn for the batch
             images, labels = copy_paste(
                 images, labels, others[PASTE].images, others[PASTE].labels, others[PASTE].classes
             )
@@ -93,7 +105,9 @@ class Stal:
             everything = torch.cat([images, mixed])
         with self.run.autocast():
             logits, features, auxiliary = self.run.forward(everything, extras=True)
-            with torch.no_grad():  # the teacher trains too, that is, its batch norm sees the mixed batch
+            with (
+                torch.no_grad()
+            ):  # the teacher trains too, that is, its batch norm sees the mixed batch
                 teacher_logits, teacher_features, _ = self.teacher(everything, extras=True)
         number = len(images)
         size = labels.shape[-2:]
@@ -111,14 +125,22 @@ class Stal:
         if s.unlabelled:
             losses["unlabelled"] = self.consistency(large[number:], pseudo, prob, generator)
         if s.contrast and progress < s.contrast_start:
-            losses["contrastive"] = features.float().sum() * 0  # torchrun wants every parameter to have a gradient
+            losses["contrastive"] = (
+                features.float().sum() * 0
+            )  # torchrun wants every parameter to have a gradient
         elif s.contrast:
-            small = contrastive_masks(labels, pseudo, entropy(prob), features.shape[-2:], counts=inside)
+            small = contrastive_masks(
+                labels, pseudo, entropy(prob), features.shape[-2:], counts=inside
+            )
             sets = contrastive_sets(teacher_logits.float().softmax(1), *small, labelled=number)
-            losses["contrastive"] = contrastive(features, teacher_features, sets, self.bank, generator=generator)
+            losses["contrastive"] = contrastive(
+                features, teacher_features, sets, self.bank, generator=generator
+            )
         return losses, health
 
-    def supervised(self, logits: torch.Tensor, auxiliary: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
+    def supervised(
+        self, logits: torch.Tensor, auxiliary: torch.Tensor | None, labels: torch.Tensor
+    ) -> torch.Tensor:
         """L_s: OHEM cross-entropy on the labelled images, plus --auxiliary times the same on the auxiliary head."""
         loss = ohem_cross_entropy(logits, labels, self.s.ohem_threshold, self.s.ohem_pixels)
         if auxiliary is None:
@@ -137,7 +159,9 @@ class Stal:
         return weighted_consistency(logits, pseudo, prob.amax(1), gamma, keep)
 
     @torch.no_grad()
-    def mix(self, images, truth, index, other, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def mix(
+        self, images, truth, index, other, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Adaptive CutMix: boxes around the drawn class of `other` images, cut into `images`; updates the image bank.
 
         The teacher looks at the plain images in eval mode. Returns images and truth (N,H,W), which is mixed alike.
@@ -156,7 +180,10 @@ class Stal:
             return images, truth
         u = torch.rand(len(images), 4, generator=generator, device=self.device)
         boxes = torch.stack(
-            [class_box(prediction[len(images) + i], other.classes[i], u[i]) for i in range(len(images))]
+            [
+                class_box(prediction[len(images) + i], other.classes[i], u[i])
+                for i in range(len(images))
+            ]
         )
         return cutmix(images, other.images, boxes), cutmix(truth, other.labels, boxes)
 
@@ -174,7 +201,9 @@ class Stal:
 
 
 @torch.no_grad()
-def pseudo_label_health(pseudo: torch.Tensor, truth: torch.Tensor, inside: torch.Tensor) -> dict[str, torch.Tensor]:
+def pseudo_label_health(
+    pseudo: torch.Tensor, truth: torch.Tensor, inside: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """Share of the pixels `inside` that have a pseudo-label, and its accuracy where the truth is known; 0-dim."""
     judged = (pseudo != IGNORE) & (truth < NUM_CLASSES)
     return {

@@ -27,12 +27,17 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from alda import InputError
 from alda.datasets import CLASSES
-from alda.errors import InputError
 
 VERSION = 1  # raise it when the same seed gives other files
 MARKER = "toy-world.json"  # written last: version, seed, counts
-FULL = {"gta5": 240, "synthia": 160, "train": 120, "val": 48}  # pictures; train and val are Cityscapes
+FULL = {
+    "gta5": 240,
+    "synthia": 160,
+    "train": 120,
+    "val": 48,
+}  # pictures; train and val are Cityscapes
 SMALL = {"gta5": 8, "synthia": 8, "train": 6, "val": 3}
 CITIES = {  # real names, since tools know them; the streets are invented
     "train": ("aachen", "bremen", "cologne", "hamburg", "ulm", "zurich"),
@@ -154,63 +159,97 @@ class Scene:
         self.look, self.size, self.rng = look, size, rng
         width, height = size[0] * SCALE, size[1] * SCALE
         self.focal, self.eye = rng.uniform(*look.focal) * width, rng.uniform(*look.eye)
-        self.centre, self.horizon = rng.uniform(0.4, 0.6) * width, rng.uniform(*look.horizon) * height
-        self.bend = rng.choice((0, 0, rng.uniform(-0.0018, 0.0018)))  # metres sideways at 1 m, growing with z squared
+        self.centre, self.horizon = (
+            rng.uniform(0.4, 0.6) * width,
+            rng.uniform(*look.horizon) * height,
+        )
+        self.bend = rng.choice(
+            (0, 0, rng.uniform(-0.0018, 0.0018))
+        )  # metres sideways at 1 m, growing with z squared
         self.road, self.pavement = rng.uniform(*look.road), rng.uniform(*look.pavement)
         self.eye_x = self.road * rng.uniform(0.30, 0.55)  # we drive on the right
         self.sun = rng.choice((-1, 1))  # it stands on this side
-        self.junction = rng.choice((rng.uniform(14, 38), math.inf))  # distance of a crossing street, 9 m wide
+        self.junction = rng.choice(
+            (rng.uniform(14, 38), math.inf)
+        )  # distance of a crossing street, 9 m wide
         self.taken = []  # ground taken by things: (x, z, half width, length)
         self.colours = {part: text.split() for part, text in (PARTS | look.colours).items()}
         for part in ("building", "vegetation", "roof", "sidewalk", "haze"):
             self.colours[part] = city.sample(self.colours[part], min(3, len(self.colours[part])))
         self.windows, self.pitched = city.choice(look.windows), city.random() < look.pitched
-        self.tint = np.float32([city.uniform(*look.tint) for _ in range(3)]) * np.float32(city.uniform(0.92, 1.08))
+        self.tint = np.float32([city.uniform(*look.tint) for _ in range(3)]) * np.float32(
+            city.uniform(0.92, 1.08)
+        )
         self.haze = self.colour("haze")
-        self.picture, self.labels = Image.new("RGB", (width, height)), Image.new("L", (width, height), IDS["sky"])
+        self.picture, self.labels = (
+            Image.new("RGB", (width, height)),
+            Image.new("L", (width, height), IDS["sky"]),
+        )
         self.shade = Image.new("L", (width, height), 255)
-        self.pens = tuple(ImageDraw.Draw(canvas) for canvas in (self.picture, self.labels, self.shade))
+        self.pens = tuple(
+            ImageDraw.Draw(canvas) for canvas in (self.picture, self.labels, self.shade)
+        )
 
     def colour(self, part: str, gain: float = 1.0) -> tuple:
         """A colour of the part (RGB, 0..255), another for each instance."""
-        text, gain = self.rng.choice(self.colours[part]), gain * (1 + self.look.spread * self.rng.uniform(-1, 1))
-        return tuple(int(text[i : i + 2], 16) * gain * self.rng.uniform(0.95, 1.05) for i in (0, 2, 4))
+        text, gain = (
+            self.rng.choice(self.colours[part]),
+            gain * (1 + self.look.spread * self.rng.uniform(-1, 1)),
+        )
+        return tuple(
+            int(text[i : i + 2], 16) * gain * self.rng.uniform(0.95, 1.05) for i in (0, 2, 4)
+        )
 
     def project(self, x: float, y: float, z: float) -> tuple[float, float]:
         scale = self.focal / z
-        return self.centre + scale * (x - self.eye_x + self.bend * z * z), self.horizon + scale * (self.eye - y)
+        return self.centre + scale * (x - self.eye_x + self.bend * z * z), self.horizon + scale * (
+            self.eye - y
+        )
 
     def paint(self, points: list, colour: tuple | None, cls: str | None, z: float = NEAR) -> None:
         """Fills a polygon of drawing pixels; without a class only the picture changes, without a colour only the labels."""
         if colour is not None:
             haze = 1 - math.exp(-z / self.look.haze)
-            mixed = [min(255, int(c * (1 - haze) + h * haze)) for c, h in zip(colour, self.haze, strict=True)]
+            mixed = [
+                min(255, int(c * (1 - haze) + h * haze))
+                for c, h in zip(colour, self.haze, strict=True)
+            ]
             self.pens[0].polygon(points, tuple(mixed))
         if cls is not None:
             self.pens[1].polygon(points, IDS[cls])
             self.pens[2].polygon(points, 255)
 
-    def ground(self, x0: float, x1: float, z0: float, z1: float, colour: tuple, cls: str | None = None) -> None:
+    def ground(
+        self, x0: float, x1: float, z0: float, z1: float, colour: tuple, cls: str | None = None
+    ) -> None:
         """A strip of ground along the street."""
         z0 = max(z0, NEAR)
         steps = [z0 * (z1 / z0) ** (i / 8) for i in range(9)]
-        points = [self.project(x0, 0, z) for z in steps] + [self.project(x1, 0, z) for z in reversed(steps)]
+        points = [self.project(x0, 0, z) for z in steps] + [
+            self.project(x1, 0, z) for z in reversed(steps)
+        ]
         self.paint(points, colour, cls, math.sqrt(z0 * z1))
 
     def cast(self, x0: float, x1: float, z0: float, z1: float) -> None:
         """A shadow on the ground; what is painted later covers it."""
-        points = [self.project(x, 0, max(z, NEAR)) for x, z in ((x0, z0), (x1, z0), (x1, z1), (x0, z1))]
+        points = [
+            self.project(x, 0, max(z, NEAR)) for x, z in ((x0, z0), (x1, z0), (x1, z1), (x0, z1))
+        ]
         self.pens[2].polygon(points, int(255 * (1 - self.look.shadow[0])))
 
     def metric(self, x: float, z: float) -> "Panel":
         """An upright plane that faces the camera: its s and t are metres right of x and above the ground."""
         return Panel(self, ((x, 0, z), (x + 1, 0, z), (x + 1, 1, z), (x, 1, z)))
 
-    def box(self, x: tuple, y: tuple, z: tuple, colour: tuple, cls: str, inset=(0, 0, 0, 0)) -> tuple:
+    def box(
+        self, x: tuple, y: tuple, z: tuple, colour: tuple, cls: str, inset=(0, 0, 0, 0)
+    ) -> tuple:
         """A block, its top smaller by `inset` (left, right, near, far). Gives its near face and its flank (None: not seen)."""
         (x0, x1), (y0, y1), (z0, z1) = x, y, z
         u0, u1, w0, w1 = x0 + inset[0], x1 - inset[1], z0 + inset[2], z1 - inset[3]
-        top = Panel(self, ((u0, y1, w0), (u1, y1, w0), (u1, y1, w1), (u0, y1, w1)), 1 + self.look.sun)
+        top = Panel(
+            self, ((u0, y1, w0), (u1, y1, w0), (u1, y1, w1), (u0, y1, w1)), 1 + self.look.sun
+        )
         front = Panel(self, ((x0, y0, z0), (x1, y0, z0), (u1, y1, w0), (u0, y1, w0)), 0.95)
         side = 1 if x0 > self.eye_x else -1 if x1 < self.eye_x else 0
         foot, head = (x0, u0) if side == 1 else (x1, u1)
@@ -237,17 +276,27 @@ class Panel(NamedTuple):
         y = wa * a[1] + wb * b[1] + wc * c[1] + wd * d[1]
         return self.scene.project(x, y, wa * a[2] + wb * b[2] + wc * c[2] + wd * d[2])
 
-    def fill(self, colour: tuple | None, outline=((0, 0), (1, 0), (1, 1), (0, 1)), cls: str | None = None) -> None:
+    def fill(
+        self, colour: tuple | None, outline=((0, 0), (1, 0), (1, 1), (0, 1)), cls: str | None = None
+    ) -> None:
         z = (self.corners[0][2] + self.corners[1][2]) / 2
-        self.scene.paint([self.point(*p) for p in outline], colour and lit(colour, self.light), cls, z)
+        self.scene.paint(
+            [self.point(*p) for p in outline], colour and lit(colour, self.light), cls, z
+        )
 
-    def rect(self, colour: tuple, s0: float, t0: float, s1: float, t1: float, cls: str | None = None) -> None:
+    def rect(
+        self, colour: tuple, s0: float, t0: float, s1: float, t1: float, cls: str | None = None
+    ) -> None:
         self.fill(colour, ((s0, t0), (s1, t0), (s1, t1), (s0, t1)), cls)
 
-    def disc(self, colour: tuple, s: float, t: float, radius: tuple, cls: str | None = None) -> None:
+    def disc(
+        self, colour: tuple, s: float, t: float, radius: tuple, cls: str | None = None
+    ) -> None:
         self.fill(colour, [(s + radius[0] * c, t + radius[1] * d) for c, d in CIRCLE], cls)
 
-    def bar(self, colour: tuple, start: tuple, end: tuple, width: float, cls: str | None = None) -> None:
+    def bar(
+        self, colour: tuple, start: tuple, end: tuple, width: float, cls: str | None = None
+    ) -> None:
         """A straight bar on a metric panel, never thinner than 1.5 pixels (2.2 if it is upright) of the picture."""
         length = math.hypot(end[0] - start[0], end[1] - start[1])
         least = (2.2 if start[0] == end[0] else 1.5) * SCALE * self.corners[0][2] / self.scene.focal
@@ -270,7 +319,9 @@ def backdrop(scene: Scene) -> None:
     width, height = scene.picture.size
     share = np.minimum(1, np.arange(height)[:, None] / scene.horizon) ** 1.5
     rows = np.array(scene.colour("sky")) * (1 - share) + np.array(scene.haze) * share
-    scene.picture.paste(Image.fromarray(rows.clip(0, 255).astype(np.uint8)[:, None]).resize((width, height)))
+    scene.picture.paste(
+        Image.fromarray(rows.clip(0, 255).astype(np.uint8)[:, None]).resize((width, height))
+    )
     x = -150.0
     while x < 150:
         step, tall = scene.rng.uniform(8, 20), scene.rng.uniform(4, 16)
@@ -278,7 +329,9 @@ def backdrop(scene: Scene) -> None:
         if scene.rng.random() < 0.6:
             far.rect(scene.colour("building"), 0, -1, step + 0.5, tall, "building")
         else:
-            far.disc(scene.colour("vegetation"), step / 2, 0, (step * 0.7, tall * 0.8), "vegetation")
+            far.disc(
+                scene.colour("vegetation"), step / 2, 0, (step * 0.7, tall * 0.8), "vegetation"
+            )
         x += step
 
 
@@ -301,7 +354,13 @@ def street_floor(scene: Scene) -> None:
     if scene.junction < FAR:
         scene.ground(-200, 200, scene.junction, scene.junction + 9, road, "road")
         for i in range(int(half * 2 / 1.2)):
-            scene.ground(-half + 0.3 + 1.2 * i, -half + 0.9 + 1.2 * i, scene.junction - 4, scene.junction - 1.2, mark)
+            scene.ground(
+                -half + 0.3 + 1.2 * i,
+                -half + 0.9 + 1.2 * i,
+                scene.junction - 4,
+                scene.junction - 1.2,
+                mark,
+            )
 
 
 def plots(scene: Scene) -> list[tuple]:
@@ -328,14 +387,23 @@ def plot(scene: Scene, kind: str, side: int, z0: float, z1: float) -> None:
     if kind == "garden" or (kind != "park" and rng.random() < 0.4):
         house(scene, side, x + side * rng.uniform(4, 8), z0, z1)
     for z in sorted((rng.uniform(z0, z1) for _ in range(1 + int(z1 - z0) // 4)), reverse=True):
-        plant(scene, x + side * (3 + (11 * rng.random() ** 1.5 if kind == "park" else 0)), z, bush=rng.random() < 0.4)
+        plant(
+            scene,
+            x + side * (3 + (11 * rng.random() ** 1.5 if kind == "park" else 0)),
+            z,
+            bush=rng.random() < 0.4,
+        )
     if kind in ("wall", "fence", "hedge"):
         barrier(scene, kind, side, x, z0, z1)
 
 
 def house(scene: Scene, side: int, x: float, z0: float, z1: float) -> None:
     """A building of its own height and colour, with windows, a ground floor and a roof."""
-    tall, colour, glass = scene.rng.uniform(*scene.look.height), scene.colour("building"), scene.colour("glass")
+    tall, colour, glass = (
+        scene.rng.uniform(*scene.look.height),
+        scene.colour("building"),
+        scene.colour("glass"),
+    )
     width = (min(x, x + side * 14), max(x, x + side * 14))
     front, flank = scene.box(width, (0, tall), (z0, z1), colour, "building")
     if side == scene.sun:
@@ -347,21 +415,31 @@ def house(scene: Scene, side: int, x: float, z0: float, z1: float) -> None:
         scene.box(width, (tall, tall + 4), (z0, z1), scene.colour("roof"), "building", (4, 4, 0, 0))
 
 
-def facade(scene: Scene, panel: Panel, length: float, tall: float, colour: tuple, glass: tuple) -> None:
+def facade(
+    scene: Scene, panel: Panel, length: float, tall: float, colour: tuple, glass: tuple
+) -> None:
     """Windows in the city's style, and a ground floor with a shop window and a door."""
     rng, floors, (spacing, wide, low) = scene.rng, max(2, int(tall / 3.2)), WINDOWS[scene.windows]
     columns, frame = max(1, int(length / spacing)), lit(colour, rng.uniform(1.1, 1.3))
     panel.rect(rng.choice((lit(colour, 0.75), scene.colour("building"))), 0, 0, 1, 0.85 / floors)
     panel.rect(lit(glass, 0.8), 0.08, 0.12 / floors, 0.62, 0.7 / floors)
     panel.rect(lit(colour, 0.4), 0.72, 0, 0.72 + 1.2 / length, 0.7 / floors)
-    for t, s in ((floor / floors, (c + 0.5) / columns) for floor in range(1, floors) for c in range(columns)):
+    for t, s in (
+        (floor / floors, (c + 0.5) / columns) for floor in range(1, floors) for c in range(columns)
+    ):
         if scene.windows == "tall":
-            panel.rect(frame, s - 0.34 / columns, t + 0.1 / floors, s + 0.34 / columns, t + 0.88 / floors)
+            panel.rect(
+                frame, s - 0.34 / columns, t + 0.1 / floors, s + 0.34 / columns, t + 0.88 / floors
+            )
         pane = lit(glass, rng.choice((0.8, 1.0, 1.3)))
         panel.rect(pane, s - wide / columns, t + low / floors, s + wide / columns, t + 0.8 / floors)
 
 
-WINDOWS = {"grid": (2.9, 0.31, 0.25), "tall": (2.2, 0.24, 0.15), "band": (99, 0.47, 0.3)}  # spacing, half width, sill
+WINDOWS = {
+    "grid": (2.9, 0.31, 0.25),
+    "tall": (2.2, 0.24, 0.15),
+    "band": (99, 0.47, 0.3),
+}  # spacing, half width, sill
 
 
 def barrier(scene: Scene, kind: str, side: int, x: float, z0: float, z1: float) -> None:
@@ -369,7 +447,9 @@ def barrier(scene: Scene, kind: str, side: int, x: float, z0: float, z1: float) 
     cls = "vegetation" if kind == "hedge" else kind
     tall, colour = scene.rng.uniform(1.2, 2.2) * (1.5 if kind == "wall" else 1), scene.colour(cls)
     if kind != "fence":
-        _, flank = scene.box((min(x, x + side * 0.5), max(x, x + side * 0.5)), (0, tall), (z0, z1), colour, cls)
+        _, flank = scene.box(
+            (min(x, x + side * 0.5), max(x, x + side * 0.5)), (0, tall), (z0, z1), colour, cls
+        )
         for t in (0.2, 0.4, 0.6, 0.8, 0.93) if kind == "wall" and flank is not None else ():
             flank.rect(lit(colour, 0.75), 0, t, 1, t + 0.05)
         return
@@ -385,19 +465,28 @@ def barrier(scene: Scene, kind: str, side: int, x: float, z0: float, z1: float) 
 def plant(scene: Scene, x: float, z: float, bush: bool = False) -> None:
     """A trunk and a crown of leaves, lit from the sun's side; a conifer; or a bush."""
     rng, panel, leaf = scene.rng, scene.metric(x, z), scene.colour("vegetation")
-    tall, crown = (0.8, rng.uniform(0.6, 1.2)) if bush else (rng.uniform(5, 11), rng.uniform(1.3, 2.6))
+    tall, crown = (
+        (0.8, rng.uniform(0.6, 1.2)) if bush else (rng.uniform(5, 11), rng.uniform(1.3, 2.6))
+    )
     scene.cast(x - crown * 0.8, x + crown * 0.8 - scene.sun * 2, z - 1.2, z + 1.2)
     if not bush:
         panel.bar(scene.colour("trunk"), (0, 0), (0, tall * 0.6), 0.35, "vegetation")
     if not bush and rng.random() < 0.2:
         for i in range(4):
             base, wide = 1.2 + i * tall * 0.2, crown * (1 - i * 0.22)
-            panel.fill(lit(leaf, 0.75 + 0.1 * i), ((-wide, base), (wide, base), (0, base + tall * 0.38)), "vegetation")
+            panel.fill(
+                lit(leaf, 0.75 + 0.1 * i),
+                ((-wide, base), (wide, base), (0, base + tall * 0.38)),
+                "vegetation",
+            )
         return
     for gain, size, count in ((0.7, 0.62, 6), (0.95, 0.5, 6), (1.25, 0.3, 5)):
         for _ in range(count):
             lean = 0.3 * crown * (gain - 0.7)
-            s, t = rng.gauss(0, 0.42) * crown + scene.sun * lean, tall * 0.68 + rng.gauss(0, 0.36) * crown + lean
+            s, t = (
+                rng.gauss(0, 0.42) * crown + scene.sun * lean,
+                tall * 0.68 + rng.gauss(0, 0.36) * crown + lean,
+            )
             panel.disc(lit(leaf, gain), s, t, (size * crown, size * crown), "vegetation")
 
 
@@ -449,9 +538,17 @@ FIGURES = {
 }  # fmt: skip
 FIGURES["rider"] = ["rider"]  # a person lifted onto the saddle, a helmet for hair
 for _part, _gain, _size, *_points in FIGURES["person"][1:]:
-    _part, _points = "helmet" if _part == "trunk" else _part, [(1.1 * s, 0.32 + 0.83 * t) for s, t in _points]
+    _part, _points = (
+        "helmet" if _part == "trunk" else _part,
+        [(1.1 * s, 0.32 + 0.83 * t) for s, t in _points],
+    )
     FIGURES["rider"].append((_part, _gain, _size, *_points))
-CYCLES = {"bicycle": "bicycle", "cyclist": "bicycle", "motorcycle": "motorcycle", "motorcyclist": "motorcycle"}
+CYCLES = {
+    "bicycle": "bicycle",
+    "cyclist": "bicycle",
+    "motorcycle": "motorcycle",
+    "motorcyclist": "motorcycle",
+}
 
 
 def figure(scene: Scene, name: str, x: float, z: float) -> None:
@@ -470,9 +567,13 @@ def figure(scene: Scene, name: str, x: float, z: float) -> None:
         layers = [CYCLES[name] + view] + ["rider" + view] * ridden
     if name == "person" or name in CYCLES:
         scene.cast(x - 0.5, x + 0.5 - scene.sun * 0.5, z - 0.3, z + 0.3)
-    for cls, shape in ((FIGURES[layer][0], shape) for layer in layers for shape in FIGURES[layer][1:]):
+    for cls, shape in (
+        (FIGURES[layer][0], shape) for layer in layers for shape in FIGURES[layer][1:]
+    ):
         part, gain, size, *points = shape
-        colour = lit(colours.setdefault(part, scene.colour(part.split()[0])), gain)  # "cloth 2": another piece of cloth
+        colour = lit(
+            colours.setdefault(part, scene.colour(part.split()[0])), gain
+        )  # "cloth 2": another piece of cloth
         points = [(wide * s, tall * t) for s, t in points]
         if len(points) == 1:
             panel.disc(colour, *points[0], (abs(wide) * size, tall * size), cls)
@@ -483,7 +584,12 @@ def figure(scene: Scene, name: str, x: float, z: float) -> None:
     if name == "signal":
         on = rng.randrange(3)
         for i, lamp in enumerate(("green", "yellow", "red")):
-            panel.disc(scene.colour(lamp, 1.1 if i == on else 0.2), 0, tall * (2.88 + 0.4 * i), (0.17, 0.17 * tall))
+            panel.disc(
+                scene.colour(lamp, 1.1 if i == on else 0.2),
+                0,
+                tall * (2.88 + 0.4 * i),
+                (0.17, 0.17 * tall),
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------- vehicles
@@ -515,21 +621,31 @@ VEHICLES = {  # width, blocks from low to high
 }  # fmt: skip
 
 
-def vehicle(scene: Scene, kind: str, x: float, z: float, heading: int = 1, across: bool = False) -> None:
+def vehicle(
+    scene: Scene, kind: str, x: float, z: float, heading: int = 1, across: bool = False
+) -> None:
     """A vehicle with its nearest point at z. `heading`: 1 drives away (or to the right), -1 towards us (or to the left)."""
     (width, blocks), cls = VEHICLES[kind], "car" if kind == "van" else kind
     length, colour = max(b.tail for b in blocks), scene.colour(cls)
     wide, deep = (length / 2, width) if across else (width / 2, length)
-    scene.cast(x - wide - 0.2 - max(0, scene.sun), x + wide + 0.2 + max(0, -scene.sun), z - 0.2, z + deep)
+    scene.cast(
+        x - wide - 0.2 - max(0, scene.sun), x + wide + 0.2 + max(0, -scene.sun), z - 0.2, z + deep
+    )
     for rail in (-0.72, 0.72) if kind == "train" and not across else ():
         scene.ground(x + rail, x + rail + 0.1, NEAR, z, scene.colour("steel"))
-    for block in sorted(blocks, key=lambda b: (b.low > 0.5, -heading * b.nose)):  # chassis first, then the far parts
+    for block in sorted(
+        blocks, key=lambda b: (b.low > 0.5, -heading * b.nose)
+    ):  # chassis first, then the far parts
         side, first, last = block.inset if heading < 0 else (block.inset[0], *block.inset[:0:-1])
-        a, b = (block.nose, block.tail) if heading < 0 else (length - block.tail, length - block.nose)
+        a, b = (
+            (block.nose, block.tail) if heading < 0 else (length - block.tail, length - block.nose)
+        )
         paint, ys = lit(colour, block.paint), (block.low, block.high)
         if across:
             inset, nose = (first, last, side, side), (x > scene.eye_x) == (heading < 0)
-            flank, end = scene.box((x - wide + a, x - wide + b), ys, (z, z + width), paint, cls, inset)
+            flank, end = scene.box(
+                (x - wide + a, x - wide + b), ys, (z, z + width), paint, cls, inset
+            )
         else:
             inset, nose = (side, side, first, last), heading < 0
             end, flank = scene.box((x - wide, x + wide), ys, (z + a, z + b), paint, cls, inset)
@@ -552,7 +668,9 @@ def dress(scene: Scene, kind: str, block: Block, paint: tuple, flank, end, nose:
         radius = 0.5 if kind in ("truck", "bus") else 0.34
         for s in (0.18, 0.82) if block.low < 0.5 else ():  # wheels
             flank.disc(black, s, 0.05, (radius / length, radius / tall), cls)
-            flank.disc(scene.colour("steel"), s, 0.05, (radius * 0.45 / length, radius * 0.45 / tall))
+            flank.disc(
+                scene.colour("steel"), s, 0.05, (radius * 0.45 / length, radius * 0.45 / tall)
+            )
     if end is None:
         return
     if block.panes and (nose or kind != "truck"):
@@ -563,7 +681,10 @@ def dress(scene: Scene, kind: str, block: Block, paint: tuple, flank, end, nose:
     if kind == "truck" and not nose and block.low > 0.9:  # doors of the load
         end.rect(lit(paint, 0.6), 0.49, 0.03, 0.51, 0.97)
     if block.low < 0.5:
-        light, base, rise = scene.colour("glow" if nose else "rear"), *((0.08, 0.06) if tall > 2 else (0.55, 0.22))
+        light, base, rise = (
+            scene.colour("glow" if nose else "rear"),
+            *((0.08, 0.06) if tall > 2 else (0.55, 0.22)),
+        )
         for s in (0.04, 0.78):
             end.rect(light, s, base, s + 0.18, base + rise)
             end.rect(black, s, -block.low / tall, s + 0.16, 0.08, cls)
@@ -592,18 +713,36 @@ def place(scene: Scene, name: str) -> tuple | None:
             where = "lane"
         x = side * {"kerb": half + rng.uniform(0.3, 0.7), "walk": half + rng.uniform(0.6, max(0.8, scene.pavement - 0.4)),
                     "gutter": half - 1.05, "lane": half * rng.uniform(0.4, 0.6)}[where]  # fmt: skip
-        if name in VEHICLES and scene.junction < FAR and rng.random() < 0.35:  # on the crossing street
-            across, z, x = True, scene.junction + rng.choice((1.5, 5)), scene.eye_x + rng.uniform(-12, 12)
+        if (
+            name in VEHICLES and scene.junction < FAR and rng.random() < 0.35
+        ):  # on the crossing street
+            across, z, x = (
+                True,
+                scene.junction + rng.choice((1.5, 5)),
+                scene.eye_x + rng.uniform(-12, 12),
+            )
         half_x, deep = (length / 2, 2.6) if across else (wide, length)
-        off_kerb = not across and abs(x) > half and -1 < z - scene.junction < 9  # it would stand on the crossing street
-        clash = any(abs(x - tx) < half_x + tw and tz < z + deep and z < tz + td for tx, tz, tw, td in scene.taken)
+        off_kerb = (
+            not across and abs(x) > half and -1 < z - scene.junction < 9
+        )  # it would stand on the crossing street
+        clash = any(
+            abs(x - tx) < half_x + tw and tz < z + deep and z < tz + td
+            for tx, tz, tw, td in scene.taken
+        )
         if off_kerb or clash:
             continue
         scene.taken.append((x, z, half_x, deep))
         if name == "tree":
             return z, plant, x, z
         if name == "parked":
-            return z, vehicle, rng.choice(("car", "car", "car", "van")), x, z, side * rng.choice((1, 1, -1))
+            return (
+                z,
+                vehicle,
+                rng.choice(("car", "car", "car", "van")),
+                x,
+                z,
+                side * rng.choice((1, 1, -1)),
+            )
         if name in VEHICLES:
             return z, vehicle, name, x, z, rng.choice((-1, 1)) if across else side, across
         return z, figure, name, x, z
@@ -614,18 +753,28 @@ def own_car(scene: Scene) -> None:
     """The hood at the lower edge: ignored in training and scoring."""
     (width, height), top = scene.picture.size, scene.picture.height * scene.rng.uniform(0.90, 0.93)
     for shift, gain in ((0, 1.0), (4, 1.8), (10, 1.3)):
-        curve = [(width * (i / 20), top + shift + height * 0.13 * abs(i / 10 - 1) ** 2.2) for i in range(21)]
+        curve = [
+            (width * (i / 20), top + shift + height * 0.13 * abs(i / 10 - 1) ** 2.2)
+            for i in range(21)
+        ]
         scene.paint([*curve, (width, height), (0, height)], lit((26, 28, 32), gain), "ego vehicle")
 
 
-def picture(name: str, seed: int, index: int, size: tuple[int, int], city: str) -> tuple[np.ndarray, np.ndarray]:
+def picture(
+    name: str, seed: int, index: int, size: tuple[int, int], city: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Street number `index` of dataset `name`, in the style of `city`; `size` is (W,H).
 
     Gives the picture (H,W,3) uint8 and its Cityscapes label ids (H,W) uint8. Nothing else than the arguments matters.
     """
     style = f"{seed} {name} {city}"
-    scene, things = Scene(LOOKS[name], size, random.Random(f"{style} {index}"), random.Random(style)), []
-    for thing, rate in LOOKS[name].things.items():  # large and rare ones first, before the places are taken
+    scene, things = (
+        Scene(LOOKS[name], size, random.Random(f"{style} {index}"), random.Random(style)),
+        [],
+    )
+    for thing, rate in LOOKS[
+        name
+    ].things.items():  # large and rare ones first, before the places are taken
         start = random.Random(f"{seed} {name} {thing}").random()
         evenly = math.floor((index + 1) * rate + start) - math.floor(index * rate + start)
         count = evenly if rate < 1 else int(rate * scene.rng.uniform(0.2, 1.8) + scene.rng.random())
@@ -642,7 +791,11 @@ def picture(name: str, seed: int, index: int, size: tuple[int, int], city: str) 
 
 def develop(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """From the drawing to what a sensor gives: texture, shade, vignette, tint, blur and noise."""
-    look, (width, height), rng = scene.look, scene.size, np.random.default_rng(scene.rng.getrandbits(64))
+    look, (width, height), rng = (
+        scene.look,
+        scene.size,
+        np.random.default_rng(scene.rng.getrandbits(64)),
+    )
     ids = np.asarray(scene.labels)[1::SCALE, 1::SCALE].copy()
     image = np.asarray(scene.picture.resize(scene.size, Image.Resampling.BOX)).astype(np.float32)
     strength = np.full((256, 2), (0.02, 0.0), np.float32)
@@ -651,8 +804,13 @@ def develop(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     small = Image.fromarray(rng.standard_normal((height // 4, width // 8), np.float32))
     coarse = np.asarray(small.resize(scene.size, Image.Resampling.BICUBIC))
     fine = rng.standard_normal((height, width), np.float32)
-    shade = scene.shade.resize(scene.size, Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(look.shadow[1]))
-    y, x = np.linspace(-1, 1, height, dtype=np.float32)[:, None], np.linspace(-1, 1, width, dtype=np.float32)
+    shade = scene.shade.resize(scene.size, Image.Resampling.BOX).filter(
+        ImageFilter.GaussianBlur(look.shadow[1])
+    )
+    y, x = (
+        np.linspace(-1, 1, height, dtype=np.float32)[:, None],
+        np.linspace(-1, 1, width, dtype=np.float32),
+    )
     gain = 1 + strength[ids, 0] * coarse + strength[ids, 1] * fine
     gain *= np.asarray(shade, np.float32) / 255 * (1 - look.vignette * (x * x + y * y))
     image *= gain[..., None]
@@ -670,13 +828,20 @@ def write_png16(path: Path, channels: np.ndarray) -> None:
     """Writes (H,W,3) uint16 as a 16-bit RGB PNG, as SYNTHIA's labels are: Pillow can neither write nor read them."""
     height, width, _ = channels.shape
     rows = channels.astype(">u2").reshape(height, -1).view(np.uint8)
-    raw = np.concatenate([np.zeros((height, 1), np.uint8), rows], 1).tobytes()  # before each row its filter, 0: none
+    raw = np.concatenate(
+        [np.zeros((height, 1), np.uint8), rows], 1
+    ).tobytes()  # before each row its filter, 0: none
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)  # 16 bits, colour type 2: RGB
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         file.write(b"\x89PNG\r\n\x1a\n")
         for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(raw)), (b"IEND", b"")):
-            file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)))
+            file.write(
+                struct.pack(">I", len(data))
+                + kind
+                + data
+                + struct.pack(">I", zlib.crc32(kind + data))
+            )
 
 
 def _write_pictures(base: Path, seed: int, counts: dict[str, int]) -> None:
@@ -693,14 +858,18 @@ def _write_pictures(base: Path, seed: int, counts: dict[str, int]) -> None:
     for i in range(counts["synthia"]):
         image, ids = picture("synthia", seed, i, (256, 152), f"district {i // 8}")
         _save(base / f"synthia/RGB/{i:07d}.png", image)
-        runs = (np.diff(ids, axis=1, prepend=0) != 0).cumsum(1).astype(np.uint16)  # stand for the instance ids
+        runs = (
+            (np.diff(ids, axis=1, prepend=0) != 0).cumsum(1).astype(np.uint16)
+        )  # stand for the instance ids
         channels = np.stack([synthia[ids], runs, np.zeros_like(runs)], 2)
         write_png16(base / f"synthia/GT/LABELS/{i:07d}.png", channels)
     for split, cities in CITIES.items():
         for i in range(counts[split]):
             city = cities[i * len(cities) // counts[split]]
             image, ids = picture("cityscapes", seed, i, (256, 128), city)
-            number = i - -(-cities.index(city) * counts[split] // len(cities))  # from 0 in each city
+            number = i - -(
+                -cities.index(city) * counts[split] // len(cities)
+            )  # from 0 in each city
             stem = f"{split}/{city}/{city}_{number:06d}_000019"
             _save(base / f"cityscapes/leftImg8bit/{stem}_leftImg8bit.png", image)
             _save(base / f"cityscapes/gtFine/{stem}_gtFine_labelIds.png", ids)
@@ -723,15 +892,21 @@ def write(root: str | Path, seed: int = 0, counts: dict[str, int] = FULL) -> Pat
     """
     root = Path(root).absolute()
     if root.exists() and not _is_empty(root):
-        raise InputError(f"{root}: is not an empty folder; the miniature world is never written over other files")
+        raise InputError(
+            f"{root}: is not an empty folder; the miniature world is never written over other files"
+        )
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     except OSError as error:
-        raise InputError(f"{root}: cannot be written ({error.strerror}); choose another folder") from None
+        raise InputError(
+            f"{root}: cannot be written ({error.strerror}); choose another folder"
+        ) from None
     try:
         _write_pictures(partial, seed, counts)
-        (partial / MARKER).write_text(json.dumps({"version": VERSION, "seed": seed, "counts": counts}) + "\n")
+        (partial / MARKER).write_text(
+            json.dumps({"version": VERSION, "seed": seed, "counts": counts}) + "\n"
+        )
         partial.chmod(0o755)  # mkdtemp's folders are private
         partial.replace(root)
     finally:
@@ -759,21 +934,33 @@ def ensure(root: str | Path, seed: int = 0, counts: dict[str, int] = FULL) -> Pa
     try:
         found = json.loads((root / MARKER).read_text())
     except (OSError, ValueError):
-        raise InputError(f"{root}: is no miniature world (no {MARKER}); choose a new or an empty folder") from None
+        raise InputError(
+            f"{root}: is no miniature world (no {MARKER}); choose a new or an empty folder"
+        ) from None
     wanted = {"version": VERSION, "seed": seed, "counts": counts}
     if found != wanted:
-        raise InputError(f"{root}: holds the miniature world {found}, not {wanted}; remove this folder and run again")
+        raise InputError(
+            f"{root}: holds the miniature world {found}, not {wanted}; remove this folder and run again"
+        )
     complete, files = 2 * sum(counts.values()), sum(1 for _ in root.rglob("*.png"))
     if files < complete:
-        raise InputError(f"{root}: holds {files} of {complete} pictures and labels; remove this folder and run again")
+        raise InputError(
+            f"{root}: holds {files} of {complete} pictures and labels; remove this folder and run again"
+        )
     return root
 
 
 def main() -> int:
     """The command line: writes the world, or finds it complete."""
-    parser = argparse.ArgumentParser(prog="python -m alda.toy", description="Write the miniature world (568 pictures).")
-    parser.add_argument("dir", help="new or empty folder; a complete world of this seed is left as it is")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files (default 0)")
+    parser = argparse.ArgumentParser(
+        prog="python -m alda.toy", description="Write the miniature world (568 pictures)."
+    )
+    parser.add_argument(
+        "dir", help="new or empty folder; a complete world of this seed is left as it is"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the same seed gives the same files (default 0)"
+    )
     options = parser.parse_args()
     try:
         print(f"miniature world: {ensure(options.dir, options.seed)}")

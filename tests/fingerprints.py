@@ -34,7 +34,7 @@ RUNS = {
     "ripu-pa": f"{QUERY} --radius 3",
     "ripu --rules code": f"{QUERY} --rules code --source-sampling uniform --eval-every 4",
     "ripu --net deeplabv3plus": f"{QUERY} --net deeplabv3plus --keep-labels",
-    "ripu --source-free": "--query-steps 0,3",
+    "ripu --source-free": "--query-steps 0,3 --batch-norm live",
     "cbda --cbda dynamic": f"{QUERY} --unit pixel --budget 0.2",
     "cbda --cbda balance": QUERY,
     "ripu --pseudo cbst": f"{QUERY} --pseudo-steps 3,6 --rules code",
@@ -70,7 +70,11 @@ def lines(text: str) -> str:
     """The sha256 of JSON lines without what depends on the clock and on the machine's memory."""
     total = hashlib.sha256()
     for line in text.splitlines():
-        kept = {k: v for k, v in json.loads(line).items() if k not in ("steps_per_s", "memory_GB", "wall_s")}
+        kept = {
+            k: v
+            for k, v in json.loads(line).items()
+            if k not in ("steps_per_s", "memory_GB", "wall_s")
+        }
         total.update(json.dumps(kept).encode())
     return total.hexdigest()[:16]
 
@@ -95,9 +99,14 @@ def main(path: str) -> None:
         words = f"--strategy {name}".split() + SHORT.split() + options.split()
         if "--source-free" in words:
             checkpoint = str(work / "source-only/checkpoints/last.pt")
-            words[words.index("--source-free") + 1 : words.index("--source-free") + 1] = [checkpoint]
+            words[words.index("--source-free") + 1 : words.index("--source-free") + 1] = [
+                checkpoint
+            ]
             words[words.index("none")] = checkpoint
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()) as errors,
+        ):
             status = loop.main([*words, "--root", str(work / "world"), "--out", str(out)])
         if status:
             raise SystemExit(f"{name}: status {status}: {errors.getvalue()}")

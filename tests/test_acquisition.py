@@ -17,11 +17,22 @@ def close(found, expected, tolerance, what=""):
     found, expected = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
     gap = (found - expected).abs()
     print(f"{what}: max gap {gap.max():.2e}, mean {gap.mean():.2e}")
-    assert gap.max() <= tolerance, f"{what}: max gap {gap.max():.3e} mean {gap.mean():.3e}, allowed {tolerance}"
+    assert gap.max() <= tolerance, (
+        f"{what}: max gap {gap.max():.3e} mean {gap.mean():.3e}, allowed {tolerance}"
+    )
 
 
 def random_logits(c, h, w, seed=0, smooth=4):
-    x = torch.randn(1, c, max(2, h // smooth), max(2, w // smooth), generator=torch.Generator().manual_seed(seed)) * 3
+    x = (
+        torch.randn(
+            1,
+            c,
+            max(2, h // smooth),
+            max(2, w // smooth),
+            generator=torch.Generator().manual_seed(seed),
+        )
+        * 3
+    )
     return F.interpolate(x, size=(h, w), mode="bilinear", align_corners=True)[0]
 
 
@@ -48,7 +59,9 @@ def slow_scores(logits, k):
 @pytest.mark.parametrize("classes,k", [(19, 1), (19, 2), (16, 1), (5, 7), (2, 40)])
 def test_ripu_score_equals_a_slow_loop(classes, k):
     logits = random_logits(classes, 17, 23, seed=k)
-    for found, expected, what in zip(A.ripu_score(logits, k), slow_scores(logits, k), ("score", "P", "U"), strict=True):
+    for found, expected, what in zip(
+        A.ripu_score(logits, k), slow_scores(logits, k), ("score", "P", "U"), strict=True
+    ):
         close(found, expected, 2e-6, f"{what} C={classes} k={k}")
 
 
@@ -57,7 +70,9 @@ def test_ripu_score_equals_a_slow_loop(classes, k):
 def test_ripu_score_equals_the_recorded_official_one(name, k):
     golden = np.load(GOLDEN / f"ripu_region_score_{name}.npz")
     logits = torch.from_numpy(golden["logits"].astype(np.float32))[0]
-    scale = math.log(logits.shape[0]) / math.log(19)  # the official code divides by log 19 for every C
+    scale = math.log(logits.shape[0]) / math.log(
+        19
+    )  # the official code divides by log 19 for every C
     score, impurity, uncertainty = A.ripu_score(logits, k)
     # The official logarithms add 1e-6, which lowers an entropy by at most C * 1e-6 nats: that is the whole gap.
     gap = logits.shape[0] * 1e-6 / math.log(19) + 1e-6
@@ -71,7 +86,9 @@ def test_ripu_score_equals_the_recorded_official_one(name, k):
 def test_pixel_score_equals_the_recorded_official_one(name, k):
     golden = np.load(GOLDEN / f"ripu_pixel_select_{name}.npz")
     logits = torch.from_numpy(golden["lowres_logits"])
-    logits = F.interpolate(logits, size=tuple(golden["size"].tolist()), mode="bilinear", align_corners=True)[0]
+    logits = F.interpolate(
+        logits, size=tuple(golden["size"].tolist()), mode="bilinear", align_corners=True
+    )[0]
     score = A.pixel_score(logits, k) * math.log(19) ** 2  # the official pixel score is in nats
     close(
         score[::3, ::3], golden["score_sub3"], 2 * 19e-6 * math.log(19), "pixel score"
@@ -85,7 +102,9 @@ def test_scores_of_a_map_one_can_do_by_hand():
     centre = -(share * share.log()).sum().item() / math.log(2)
     impurity = A.region_impurity(prediction, 2, 1)
     close(impurity[1:4, 1:4], torch.full((3, 3), centre), 1e-6)
-    assert impurity[0].max() == 0 and impurity[:, 0].max() == 0  # pure regions are exactly 0, none is negative
+    assert (
+        impurity[0].max() == 0 and impurity[:, 0].max() == 0
+    )  # pure regions are exactly 0, none is negative
     prob = torch.tensor([[[0.5, 1.0]], [[0.5, 0.0]]])
     close(A.pixel_entropy(prob), [[1.0, 0.0]], 1e-7)
     close(A.prediction_uncertainty(prob, 1), [[0.5, 0.5]], 1e-7)
@@ -125,7 +144,9 @@ def test_flip_equivariance_and_class_permutation(k):
 @pytest.mark.parametrize("k", [0, 1, 3, 32, 70])
 def test_box_sum_equals_a_convolution(k):
     x = (torch.rand(2, 40, 55, generator=torch.Generator().manual_seed(k)) < 0.4).to(torch.uint8)
-    expected = F.conv2d(x[:, None].double(), torch.ones(1, 1, 2 * k + 1, 2 * k + 1).double(), padding=k)[:, 0]
+    expected = F.conv2d(
+        x[:, None].double(), torch.ones(1, 1, 2 * k + 1, 2 * k + 1).double(), padding=k
+    )[:, 0]
     assert torch.equal(A.box_sum(x, k).double(), expected)
     assert A.region_area((40, 55), k).max() <= (2 * k + 1) ** 2
 
@@ -153,7 +174,9 @@ def slow_greedy(score, count, radius, blocked=None):
         col = cols.min().item()
         row = rows[cols == col].min().item()
         picks.append([row, col])
-        score[max(0, row - radius) : row + radius + 1, max(0, col - radius) : col + radius + 1] = -math.inf
+        score[
+            max(0, row - radius) : row + radius + 1, max(0, col - radius) : col + radius + 1
+        ] = -math.inf
     return torch.tensor(picks, dtype=torch.int64).view(-1, 2)
 
 
@@ -183,7 +206,9 @@ def test_ties_go_to_the_smaller_column_then_the_smaller_row():
     assert A.select_regions(score, 4, 0).tolist() == [[3, 2], [4, 2], [1, 4], [0, 0]]
 
 
-@pytest.mark.parametrize("name", ["full_r022", "full_r20", "full_r20k2", "score_border", "score_exhaust", "score_ties"])
+@pytest.mark.parametrize(
+    "name", ["full_r022", "full_r20", "full_r20k2", "score_border", "score_exhaust", "score_ties"]
+)
 def test_region_picks_equal_the_recorded_official_ones(name):
     golden = np.load(GOLDEN / f"ripu_region_select_{name}.npz")
     k = int(golden["radius_k"])
@@ -211,9 +236,9 @@ def test_region_picks_equal_the_recorded_official_ones(name):
 def test_pixel_picks_equal_the_recorded_official_ones():
     golden = np.load(GOLDEN / "ripu_pixel_select_k8.npz")
     shape = tuple(golden["size"].tolist())
-    logits = F.interpolate(torch.from_numpy(golden["lowres_logits"]), size=shape, mode="bilinear", align_corners=True)[
-        0
-    ]
+    logits = F.interpolate(
+        torch.from_numpy(golden["lowres_logits"]), size=shape, mode="bilinear", align_corners=True
+    )[0]
     score = A.pixel_score(logits, 8)
     first = A.select_regions(score, 21, 8)
     assert first.tolist() == golden["picks_round1"].tolist()
@@ -231,7 +256,16 @@ def test_selection_refuses_what_it_cannot_mean():
 
 def test_paint_cuts_at_the_border():
     mask = A.paint(torch.tensor([[0, 0], [4, 5]]), 1, (5, 6))
-    assert mask.nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [3, 4], [3, 5], [4, 4], [4, 5]]
+    assert mask.nonzero().tolist() == [
+        [0, 0],
+        [0, 1],
+        [1, 0],
+        [1, 1],
+        [3, 4],
+        [3, 5],
+        [4, 4],
+        [4, 5],
+    ]
     assert A.paint(torch.empty(0, 2, dtype=torch.int64), 3, (5, 6)).sum() == 0
 
 
@@ -242,7 +276,9 @@ def test_regions_never_overlap_over_rounds_until_the_image_is_exhausted():
         painted = A.paint(picks, 1, selected.shape)
         assert not (painted & selected).any()
         selected |= painted
-    assert len(picks) == 0 and A.dilate(selected, 1).all()  # nothing is left to ask, and asking is no error
+    assert (
+        len(picks) == 0 and A.dilate(selected, 1).all()
+    )  # nothing is left to ask, and asking is no error
 
 
 # ------------------------------------------------------------------------------------------------------------------ CBDA
@@ -250,16 +286,27 @@ def test_regions_never_overlap_over_rounds_until_the_image_is_exhausted():
 
 def test_class_weights_one_can_do_by_hand():
     assert A.class_weights(torch.zeros(4), 100).tolist() == [1, 1, 1, 1]
-    close(A.class_weights(torch.tensor([0, 5, 25, 60]), 100), [1, 0.8, 0, 0], 1e-7)  # a fair share is 25
-    close(A.class_weights(torch.tensor([5, 5]), 20, torch.tensor([3.0, 1.0])), [1 - 5 / 15, 0], 1e-7)
+    close(
+        A.class_weights(torch.tensor([0, 5, 25, 60]), 100), [1, 0.8, 0, 0], 1e-7
+    )  # a fair share is 25
+    close(
+        A.class_weights(torch.tensor([5, 5]), 20, torch.tensor([3.0, 1.0])), [1 - 5 / 15, 0], 1e-7
+    )
     assert A.class_weights(torch.tensor([0, 0]), 20, torch.tensor([1.0, 0.0])).tolist() == [1, 0]
-    for bad in ((torch.tensor([-1, 0]), 9, None), (torch.zeros(2), 0, None), (torch.zeros(2), 9, torch.zeros(2))):
+    for bad in (
+        (torch.tensor([-1, 0]), 9, None),
+        (torch.zeros(2), 0, None),
+        (torch.zeros(2), 9, torch.zeros(2)),
+    ):
         with pytest.raises(ValueError):
             A.class_weights(*bad)
 
 
 def test_class_balanced_ranks_by_weight_times_score():
-    score, prediction = torch.tensor([[0.5, 0.2], [0.4, 1.0]]), torch.tensor([[0, 1], [2, 2]], dtype=torch.uint8)
+    score, prediction = (
+        torch.tensor([[0.5, 0.2], [0.4, 1.0]]),
+        torch.tensor([[0, 1], [2, 2]], dtype=torch.uint8),
+    )
     found = A.class_balanced(score, prediction, torch.tensor([1.0, 0.5, 0.0]))
     close(found, [[0.5, 0.1], [0.0, 0.0]], 1e-7)
     everyone = A.class_balanced(score, prediction, A.class_weights(torch.zeros(3), 9))
@@ -282,7 +329,9 @@ def stacked_greedy(scores: dict, count: int, radius: int) -> list:
         won[name, best] = won.get((name, best), 0) + 1
         row, col = slow_greedy(scores[name], 1, 0)[0].tolist()
         picks.append((name, row, col))
-        scores[name][max(0, row - radius) : row + radius + 1, max(0, col - radius) : col + radius + 1] = -math.inf
+        scores[name][
+            max(0, row - radius) : row + radius + 1, max(0, col - radius) : col + radius + 1
+        ] = -math.inf
     return picks
 
 
@@ -300,7 +349,9 @@ def budgeted(scores: dict, count: int, radius: int, per_image: int = 10**6) -> A
 def test_global_budget_equals_the_greedy_on_the_stacked_tensor(levels, count):
     generator = torch.Generator().manual_seed(count)
     names = [f"image{i}" for i in torch.randperm(9, generator=generator).tolist()]
-    scores = {n: (torch.rand(14, 17, generator=generator) * levels).floor() - levels / 2 for n in names}
+    scores = {
+        n: (torch.rand(14, 17, generator=generator) * levels).floor() - levels / 2 for n in names
+    }
     budget = budgeted(scores, count, 1)
     found = budget.select()
     expected = stacked_greedy(scores, count, 1)
@@ -327,7 +378,9 @@ def test_global_budget_holds_no_more_than_twice_the_budget():
 
 
 def _share(rank: int, world: int, path: str, count: int) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=world)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=world
+    )
     scores = torch.load(f"{path}/scores.pt")
     budget = budgeted({name: scores[name] for name in list(scores)[rank::world]}, count, 1)
     torch.save((budget.select(), budget.threshold), f"{path}/{rank}.pt")
@@ -343,4 +396,6 @@ def test_two_processes_give_the_picks_of_one(tmp_path):
     alone = budgeted(scores, 150, 1)
     expected = alone.select()
     assert threshold == other == alone.threshold and not first.keys() & second.keys()
-    assert {k: v.tolist() for k, v in (first | second).items()} == {k: v.tolist() for k, v in expected.items()}
+    assert {k: v.tolist() for k, v in (first | second).items()} == {
+        k: v.tolist() for k, v in expected.items()
+    }

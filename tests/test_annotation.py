@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from alda import InputError
 from alda.annotation import Rounds, ledger
-from alda.errors import InputError
 
 TRUTH = torch.arange(24, dtype=torch.uint8).view(4, 6) % 19
 TRUTH[0, 0] = 255
@@ -32,17 +32,26 @@ def test_rounds_add_up_and_keep_the_ledger(tmp_path):
         assert rounds.complete() == 0  # nothing stands until the last image is in
     with rounds.new(2) as new:
         new.add("a", mask((3, 5)), oracle, regions=1, training_size=(2, 3))
-        new.add("b", mask((1, 1), (2, 2)), oracle, regions=2, training_size=(2, 3), keep_labels=True)
+        new.add(
+            "b", mask((1, 1), (2, 2)), oracle, regions=2, training_size=(2, 3), keep_labels=True
+        )
     first, second = rounds.record(1), rounds.record(2)
     # at 2x3 the cells' centres are the pixels (1,1), (1,3), (1,5), (3,1), ...
-    assert first["images"] == {"a": {"asked": 3, "labelled": 2, "trained": 1, "regions": 2, "share": 1.0}}
+    assert first["images"] == {
+        "a": {"asked": 3, "labelled": 2, "trained": 1, "regions": 2, "share": 1.0}
+    }
     assert (first["asked"], first["labelled"], first["ignored"], first["trained"]) == (3, 2, 1, 1)
-    assert second["images"]["b"]["trained"] == 2  # keep_labels: (2,2) trains although no centre falls on it
+    assert (
+        second["images"]["b"]["trained"] == 2
+    )  # keep_labels: (2,2) trains although no centre falls on it
     assert first["classes"]["sidewalk"] == 1 and sum(first["classes"].values()) == 2
     total = ledger([first, second])
     assert (total["asked"], total["labelled"], total["regions"], total["images"]) == (6, 5, 5, 2)
     assert second["images"]["b"]["share"] == pytest.approx(2 / 3) and 0 < total["class_entropy"] < 1
-    assert rounds.labels("a", (4, 6), upto=1).ne(255).sum() == 2 and rounds.labels("a", (4, 6)).ne(255).sum() == 3
+    assert (
+        rounds.labels("a", (4, 6), upto=1).ne(255).sum() == 2
+        and rounds.labels("a", (4, 6)).ne(255).sum() == 3
+    )
     assert rounds.asked("a", (4, 6)).sum() == 4 and rounds.asked("nobody", (4, 6)).sum() == 0
     assert rounds.labels("a", (4, 6))[3, 5] == TRUTH[3, 5]
 

@@ -15,20 +15,30 @@ BOUND = 5e-4  # what the docstring promises; the task allows 1e-3
 
 
 def close(found, expected, tolerance, what=""):
-    gap = (torch.as_tensor(found, dtype=torch.float64) - torch.as_tensor(expected, dtype=torch.float64)).abs()
+    gap = (
+        torch.as_tensor(found, dtype=torch.float64) - torch.as_tensor(expected, dtype=torch.float64)
+    ).abs()
     print(f"{what}: max gap {gap.max():.2e}, mean {gap.mean():.2e}")
-    assert gap.max() <= tolerance, f"{what}: max gap {gap.max():.3e} mean {gap.mean():.3e}, allowed {tolerance}"
+    assert gap.max() <= tolerance, (
+        f"{what}: max gap {gap.max():.3e} mean {gap.mean():.3e}, allowed {tolerance}"
+    )
 
 
 def maps(images=3, classes=6, height=41, width=70, seed=0, sharp=3.0):
     """Smooth probability maps as a network gives them; 41 rows: two strips, the last one short."""
-    logits = sharp * torch.randn(images, classes, 7, 11, generator=torch.Generator().manual_seed(seed))
+    logits = sharp * torch.randn(
+        images, classes, 7, 11, generator=torch.Generator().manual_seed(seed)
+    )
     return F.interpolate(logits, size=(height, width), mode="bilinear").softmax(1)
 
 
 def ranked(confidence, prediction, classes, portion, balanced=True, zeros=0):
     """The exact rule, by sorting all confidences: what the histogram stands for. `zeros` are added to each class's n."""
-    groups = [confidence[prediction == c] for c in range(classes)] if balanced else [confidence] * classes
+    groups = (
+        [confidence[prediction == c] for c in range(classes)]
+        if balanced
+        else [confidence] * classes
+    )
     result = torch.ones(classes)
     for c, values in enumerate(groups):
         rank = math.floor(portion * (len(values) + zeros)) if len(values) else 0
@@ -46,7 +56,9 @@ def exact(probs, portion, balanced=True, prior=None, stride=1, zeros=0):
             chosen = value[best == c][::stride]
             confidence.append(chosen)
             prediction.append(torch.full_like(chosen, c))
-    return ranked(torch.cat(confidence), torch.cat(prediction), len(probs[0]), portion, balanced, zeros)
+    return ranked(
+        torch.cat(confidence), torch.cat(prediction), len(probs[0]), portion, balanced, zeros
+    )
 
 
 def from_confidences(values, classes=3, seed=0):
@@ -79,7 +91,12 @@ def test_thresholds_equal_the_recorded_ones_of_crst(official, percent):
     found = histogram.thresholds(percent / 100)
     close(found, crst[f"cls_thresh_p{percent}"], BOUND, f"CRST p={percent} %")
     close(B.cbst_thresholds(prob, percent / 100, stride=4), found, 0)
-    close(exact(prob, percent / 100, stride=4), crst[f"cls_thresh_p{percent}"], 0, "our exact reference")
+    close(
+        exact(prob, percent / 100, stride=4),
+        crst[f"cls_thresh_p{percent}"],
+        0,
+        "our exact reference",
+    )
 
 
 @pytest.mark.parametrize("percent", [20, 35, 50])
@@ -94,12 +111,16 @@ def test_pseudo_labels_equal_the_recorded_ones_of_crst(official, percent):
     assert at_threshold.any() and (paper[at_threshold] == 255).all()
     assert torch.equal(paper[~at_threshold], recorded[~at_threshold])
     own = B.cbst_pseudo_labels(prob, B.cbst_thresholds(prob, percent / 100, stride=4), rules="code")
-    assert (own == recorded).float().mean() > 0.995  # our thresholds are within the bound, so nearly all labels agree
+    assert (
+        own == recorded
+    ).float().mean() > 0.995  # our thresholds are within the bound, so nearly all labels agree
 
 
 @pytest.mark.parametrize("policy", ["cb", "global"])
 @pytest.mark.parametrize("with_prior", [False, True])
-def test_thresholds_and_labels_equal_the_recorded_ones_of_cbst_with_and_without_prior(official, policy, with_prior):
+def test_thresholds_and_labels_equal_the_recorded_ones_of_cbst_with_and_without_prior(
+    official, policy, with_prior
+):
     prob, prior, crst, mxnet = official
     prior, name = prior if with_prior else None, f"{policy}_prior{with_prior}"
     recorded = torch.from_numpy(mxnet[f"cls_thresh_{name}"]).float()
@@ -107,11 +128,21 @@ def test_thresholds_and_labels_equal_the_recorded_ones_of_cbst_with_and_without_
     balanced = policy == "cb"
     # C1, a plain bug that alda does not reproduce: every official class array starts with a 0.0, the global one with one
     # more. The exact reference with those zeros is the record, bit for bit; ours is the exact rank without them.
-    close(exact(prob, 0.2, balanced, prior, 4, zeros=1 if balanced else 20), recorded, 0, f"{name}, reference with C1")
-    found, reference = B.cbst_thresholds(prob, 0.2, balanced, prior, stride=4), exact(prob, 0.2, balanced, prior, 4)
+    close(
+        exact(prob, 0.2, balanced, prior, 4, zeros=1 if balanced else 20),
+        recorded,
+        0,
+        f"{name}, reference with C1",
+    )
+    found, reference = (
+        B.cbst_thresholds(prob, 0.2, balanced, prior, stride=4),
+        exact(prob, 0.2, balanced, prior, 4),
+    )
     close(found, reference, BOUND, f"{name}, C1 left out")
     same = reference == recorded
-    print(f"{name}: C1 moves {int((~same).sum())} thresholds; elsewhere the gap to the record is below")
+    print(
+        f"{name}: C1 moves {int((~same).sum())} thresholds; elsewhere the gap to the record is below"
+    )
     if same.any():
         close(found[same], recorded[same], BOUND, name)
     to_class = torch.full((256,), 255, dtype=torch.uint8)
@@ -136,8 +167,18 @@ def test_rare_classes_equal_the_recorded_ones(official):
 def test_schedules_equal_the_recorded_ones(official):
     *_, crst, _ = official
     rounds = range(10)
-    close([B.target_portion(r) for r in rounds], crst["crst_schedule_tgt_src"][:, 0], 1e-9, "target portion")
-    close([B.source_portion(r) for r in rounds], crst["crst_schedule_tgt_src"][:, 1], 1e-9, "source portion")
+    close(
+        [B.target_portion(r) for r in rounds],
+        crst["crst_schedule_tgt_src"][:, 0],
+        1e-9,
+        "target portion",
+    )
+    close(
+        [B.source_portion(r) for r in rounds],
+        crst["crst_schedule_tgt_src"][:, 1],
+        1e-9,
+        "source portion",
+    )
     assert B.source_portion(12) == B.source_portion(99) == 0.06
     target, source, rate = crst["mxnet_schedule_tgt_src_lr"].T
     ours = np.array([B.target_portion(r, start=0.15) for r in rounds])
@@ -205,7 +246,9 @@ def test_the_order_of_the_images_and_their_cutting_do_not_change_a_bit():
     probs = [*maps(images=5, seed=3), *maps(images=2, height=30, width=33, seed=4)]
     thresholds = B.cbst_thresholds(probs, 0.2)
     assert torch.equal(B.cbst_thresholds(probs[::-1], 0.2), thresholds)
-    assert torch.equal(B.cbst_thresholds((half for p in probs for half in p.split(17, 2)), 0.2), thresholds)
+    assert torch.equal(
+        B.cbst_thresholds((half for p in probs for half in p.split(17, 2)), 0.2), thresholds
+    )
     first, second = B.ConfidenceHistogram(6), B.ConfidenceHistogram(6)
     for i, prob in enumerate(probs):
         (first, second)[i % 2].add(prob)
@@ -220,7 +263,9 @@ def test_half_precision_probabilities(dtype):
     before = probs.clone()
     thresholds = B.cbst_thresholds(probs, 0.2)
     close(thresholds, exact(probs, 0.2), BOUND, str(dtype))
-    assert torch.equal(B.cbst_pseudo_labels(probs, thresholds), B.cbst_pseudo_labels(probs.float(), thresholds))
+    assert torch.equal(
+        B.cbst_pseudo_labels(probs, thresholds), B.cbst_pseudo_labels(probs.float(), thresholds)
+    )
     assert torch.equal(probs, before)
 
 
@@ -230,8 +275,12 @@ def test_results_stay_on_the_gpu_and_equal_those_of_the_cpu():
     thresholds = B.cbst_thresholds(probs, 0.2, prior=prior, stride=4)
     labels = B.cbst_pseudo_labels(probs, thresholds, prior)
     assert thresholds.is_cuda and labels.is_cuda
-    assert torch.equal(thresholds.cpu(), B.cbst_thresholds(probs.cpu(), 0.2, prior=prior.cpu(), stride=4))
-    assert torch.equal(labels.cpu(), B.cbst_pseudo_labels(probs.cpu(), thresholds.cpu(), prior.cpu()))
+    assert torch.equal(
+        thresholds.cpu(), B.cbst_thresholds(probs.cpu(), 0.2, prior=prior.cpu(), stride=4)
+    )
+    assert torch.equal(
+        labels.cpu(), B.cbst_pseudo_labels(probs.cpu(), thresholds.cpu(), prior.cpu())
+    )
 
 
 def test_wrong_calls_are_errors():
@@ -283,10 +332,14 @@ def test_balanced_thresholds_label_a_portion_of_every_class_and_one_threshold_do
     for balanced in (True, False):
         thresholds = B.cbst_thresholds(probs, 0.3, balanced)
         labels, prediction = B.cbst_pseudo_labels(probs, thresholds), probs.argmax(1)
-        share[balanced] = torch.stack([(labels[prediction == c] == c).float().mean() for c in range(6)])
+        share[balanced] = torch.stack(
+            [(labels[prediction == c] == c).float().mean() for c in range(6)]
+        )
         if not balanced:
             assert abs(float((labels != 255).float().mean()) - 0.3) < 2e-3
-    assert ((share[True] - 0.3).abs() < 2e-2).all()  # reweighting gives some pixels to other classes
+    assert (
+        (share[True] - 0.3).abs() < 2e-2
+    ).all()  # reweighting gives some pixels to other classes
     assert share[False][5] == 0
 
 
@@ -300,7 +353,9 @@ def test_a_saturated_class_is_labelled_by_the_code_and_not_by_the_paper():
 
 def test_statistics_equal_a_slow_loop():
     generator = torch.Generator().manual_seed(0)
-    pseudo, truth = (torch.randint(5, (2, 6, 7), generator=generator).to(torch.uint8) for _ in range(2))
+    pseudo, truth = (
+        torch.randint(5, (2, 6, 7), generator=generator).to(torch.uint8) for _ in range(2)
+    )
     pseudo[pseudo == 4], truth[truth == 4] = 255, 255
     expected = {name: [0] * 4 for name in ("labelled", "judged", "correct", "truth", "covered")}
     for p, t in zip(pseudo.flatten().tolist(), truth.flatten().tolist(), strict=True):
@@ -324,7 +379,10 @@ def test_spatial_prior_equals_a_slow_loop():
     for label in labels:
         label[label == 4] = 255
         label[:, 20:][label[:, 20:] == 1] = 0  # class 1 stays left
-    weight = lambda a, b: math.exp(-((a - b) ** 2) / (2 * sigma**2)) if abs(a - b) <= 3 * sigma else 0.0  # noqa: E731
+
+    def weight(a, b):
+        return math.exp(-((a - b) ** 2) / (2 * sigma**2)) if abs(a - b) <= 3 * sigma else 0.0
+
     share = torch.zeros(4, *size).double()
     for i in range(size[0]):
         for j in range(size[1]):
@@ -348,10 +406,20 @@ def test_spatial_prior_of_a_hand_made_world():
     prior = B.spatial_prior([sky_over_road], 3, (64, 128), sigma=0)
     assert prior.max() == 1 and (prior[2] == 0).all()  # a class without labels: 0 everywhere
     assert (prior[1, :16] == 1).all() and (prior[1, 16:] == 0).all()
-    close(prior[0, 16:], torch.full((48, 128), 1 / 3), 1e-6, "a class spread over three times the place")
+    close(
+        prior[0, 16:],
+        torch.full((48, 128), 1 / 3),
+        1e-6,
+        "a class spread over three times the place",
+    )
     blurred = B.spatial_prior([sky_over_road], 3, (64, 128))
     assert 0 < blurred[1, 17, 5] < blurred[1, 14, 5] and (blurred[1, 30:] == 0).all()
-    close(blurred[:2].sum((1, 2)) / blurred[0].sum(), torch.ones(2), 1e-5, "both classes sum to the same")
+    close(
+        blurred[:2].sum((1, 2)) / blurred[0].sum(),
+        torch.ones(2),
+        1e-5,
+        "both classes sum to the same",
+    )
 
 
 def test_a_constant_factor_of_the_prior_changes_no_pseudo_label():
@@ -361,7 +429,11 @@ def test_a_constant_factor_of_the_prior_changes_no_pseudo_label():
         B.cbst_pseudo_labels(probs, B.cbst_thresholds(probs, 0.2, prior=q), q)
         for q in (prior, prior / 64, prior / 1024)
     ]
-    assert torch.equal(labels[0], labels[1]) and torch.equal(labels[0], labels[2]) and (labels[0] != 255).any()
+    assert (
+        torch.equal(labels[0], labels[1])
+        and torch.equal(labels[0], labels[2])
+        and (labels[0] != 255).any()
+    )
 
 
 def test_places_where_the_prior_allows_nothing_are_not_counted():
@@ -395,7 +467,9 @@ def test_mined_patches_hold_the_rare_class_and_lie_in_the_image():
     assert found == {(0, 0), (30, 44), (15, 22)}  # centred on the pixel, moved into the image
     first = {B.mine_patch(labels, ([4], [3]), (10, 16), generator, chance=1) for _ in range(20)}
     assert first == {(15, 22)}  # the first group goes before the second
-    assert B.mine_patch(labels, ([3], []), (50, 16), generator, chance=1)[0] == 0  # smaller than the crop
+    assert (
+        B.mine_patch(labels, ([3], []), (50, 16), generator, chance=1)[0] == 0
+    )  # smaller than the crop
 
 
 def test_mining_follows_its_chance_and_its_generator():
@@ -405,6 +479,11 @@ def test_mining_follows_its_chance_and_its_generator():
         for generator in (torch.Generator().manual_seed(7), torch.Generator().manual_seed(7))
     ]
     assert draws[0] == draws[1] and 360 < sum(d is not None for d in draws[0]) < 440
-    assert B.mine_patch(labels, ([5], [6]), (1, 1), torch.Generator(), chance=1) is None  # no rare class in this image
+    assert (
+        B.mine_patch(labels, ([5], [6]), (1, 1), torch.Generator(), chance=1) is None
+    )  # no rare class in this image
     assert B.mine_patch(labels, ([], []), (1, 1), torch.Generator(), chance=1) is None
-    assert B.mine_patch(torch.full((2, 2), 255), ([255], []), (1, 1), torch.Generator(), chance=1) is None
+    assert (
+        B.mine_patch(torch.full((2, 2), 255), ([255], []), (1, 1), torch.Generator(), chance=1)
+        is None
+    )

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from alda import InputError
 from alda import datasets as D
 from alda.annotation import read_map, write_map
-from alda.errors import InputError
 from alda.toy import write_png16
 
 
@@ -29,7 +29,10 @@ def gta5_pair(root, name, labels, image_size=None, palette=True):
 def cityscapes_pair(root, split="train", city="ulm", labels=None, suffix="labelIds"):
     labels = np.full((4, 6), 7, np.uint8) if labels is None else labels
     stem = f"{city}_000000_000019"
-    put(root / f"cityscapes/leftImg8bit/{split}/{city}/{stem}_leftImg8bit.png", np.zeros((*labels.shape, 3), np.uint8))
+    put(
+        root / f"cityscapes/leftImg8bit/{split}/{city}/{stem}_leftImg8bit.png",
+        np.zeros((*labels.shape, 3), np.uint8),
+    )
     put(root / f"cityscapes/gtFine/{split}/{city}/{stem}_gtFine_{suffix}.png", labels)
 
 
@@ -44,7 +47,9 @@ def test_every_class_survives_the_way_into_the_train_space_and_back(space):
         if raw is not None:
             assert table[raw] == train_id, (c.name, raw, table[raw])
     known = [t for t in table.tolist() if t < D.NUM_CLASSES]
-    assert len(known) == len(set(known)) == (19 if space == "cityscapes" else 16)  # no two ids give one class
+    assert (
+        len(known) == len(set(known)) == (19 if space == "cityscapes" else 16)
+    )  # no two ids give one class
 
 
 def test_label_ids_invert_the_cityscapes_map():
@@ -81,20 +86,29 @@ def test_synthia_reads_sixteen_bit_labels_that_pillow_cannot(tmp_path):
     path.parent.mkdir(parents=True)
     write_png16(path, raw)
     assert D.open_dataset("synthia", tmp_path)[0][1].tolist() == [[0, 1, 2], [13, 255, 255]]
-    assert np.array(Image.open(path))[..., 0].max() == 0  # Pillow drops the low byte: all zeros, without a word
+    assert (
+        np.array(Image.open(path))[..., 0].max() == 0
+    )  # Pillow drops the low byte: all zeros, without a word
 
 
 def test_cityscapes_prefers_train_ids_and_tells_cities(tmp_path):
     cityscapes_pair(tmp_path, city="ulm")
     cityscapes_pair(tmp_path, city="jena")
-    cityscapes_pair(tmp_path, city="jena", labels=np.full((4, 6), 5, np.uint8), suffix="labelTrainIds")
+    cityscapes_pair(
+        tmp_path, city="jena", labels=np.full((4, 6), 5, np.uint8), suffix="labelTrainIds"
+    )
     data = D.open_dataset("cityscapes", tmp_path)
-    assert [s.group for s in data.samples] == ["jena", "ulm"] and data.samples[0].id == "jena_000000_000019"
+    assert [s.group for s in data.samples] == ["jena", "ulm"] and data.samples[
+        0
+    ].id == "jena_000000_000019"
     assert (data.labels(0) == 5).all() and (data.labels(1) == 0).all()
 
 
 def test_cityscapes_test_split_has_no_labels(tmp_path):
-    put(tmp_path / "cityscapes/leftImg8bit/test/bonn/bonn_000000_000019_leftImg8bit.png", np.zeros((4, 6, 3), np.uint8))
+    put(
+        tmp_path / "cityscapes/leftImg8bit/test/bonn/bonn_000000_000019_leftImg8bit.png",
+        np.zeros((4, 6, 3), np.uint8),
+    )
     data = D.open_dataset("cityscapes", tmp_path, "test")
     assert data.image(0).shape == (3, 4, 6)
     with pytest.raises(InputError, match="publishes no labels"):
@@ -107,7 +121,9 @@ def test_acdc_lists_its_four_conditions(tmp_path):
         put(tmp_path / f"acdc/rgb_anon/{stem}_rgb_anon.png", np.zeros((4, 6, 3), np.uint8))
         put(tmp_path / f"acdc/gt/{stem}_gt_labelIds.png", np.full((4, 6), 23, np.uint8))
     data = D.open_dataset("acdc", tmp_path)
-    assert [s.group for s in data.samples] == ["fog", "night", "rain", "snow"] and (data.labels(2) == 10).all()
+    assert [s.group for s in data.samples] == ["fog", "night", "rain", "snow"] and (
+        data.labels(2) == 10
+    ).all()
 
 
 @pytest.mark.parametrize("name", ["gta5", "synthia", "cityscapes", "acdc"])
@@ -124,17 +140,28 @@ def test_every_class_of_every_dataset_survives_files_and_back(name, tmp_path):
     elif name == "cityscapes":
         cityscapes_pair(tmp_path, labels=raw)
     elif name == "acdc":
-        put(tmp_path / "acdc/rgb_anon/fog/train/GP01/a_rgb_anon.png", np.zeros((*raw.shape, 3), np.uint8))
+        put(
+            tmp_path / "acdc/rgb_anon/fog/train/GP01/a_rgb_anon.png",
+            np.zeros((*raw.shape, 3), np.uint8),
+        )
         put(tmp_path / "acdc/gt/fog/train/GP01/a_gt_labelIds.png", raw)
     else:
         put(tmp_path / "synthia/RGB/a.png", np.zeros((*raw.shape, 3), np.uint8))
         (tmp_path / "synthia/GT/LABELS").mkdir(parents=True)
-        write_png16(tmp_path / "synthia/GT/LABELS/a.png", np.repeat(raw.astype(np.uint16)[..., None], 3, axis=2))
+        write_png16(
+            tmp_path / "synthia/GT/LABELS/a.png",
+            np.repeat(raw.astype(np.uint16)[..., None], 3, axis=2),
+        )
     labels = D.open_dataset(name, tmp_path).labels(0)
-    assert [D.NAMES[c] for c in labels[0].tolist()] == [c.name for c in known] and (labels[1] == 255).all()
+    assert [D.NAMES[c] for c in labels[0].tolist()] == [c.name for c in known] and (
+        labels[1] == 255
+    ).all()
     write_map(tmp_path / "round.png", labels)
     again = read_map(tmp_path / "round.png", labels.shape, 255)
-    assert D.to_label_ids(again.numpy()).tolist() == [[c.cityscapes_id for c in known], [0] * len(known)]
+    assert D.to_label_ids(again.numpy()).tolist() == [
+        [c.cityscapes_id for c in known],
+        [0] * len(known),
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
@@ -206,10 +233,14 @@ def test_keep_labels_loses_no_bought_cell():
         rows = torch.randint(64, (40,), generator=generator)
         cols = torch.randint(128, (40,), generator=generator)
         labels[rows, cols] = torch.randint(19, (40,), generator=generator).to(torch.uint8)
-        plain, kept = D.resize_labels(labels, (40, 80)), D.resize_labels(labels, (40, 80), keep=True)
+        plain, kept = (
+            D.resize_labels(labels, (40, 80)),
+            D.resize_labels(labels, (40, 80), keep=True),
+        )
         assert (kept[plain != 255] == plain[plain != 255]).all()
         cells = {
-            (int((2 * r + 1) * 40 // 128), int((2 * c + 1) * 80 // 256)) for r, c in (labels != 255).nonzero().tolist()
+            (int((2 * r + 1) * 40 // 128), int((2 * c + 1) * 80 // 256))
+            for r, c in (labels != 255).nonzero().tolist()
         }
         assert {tuple(x) for x in (kept != 255).nonzero().tolist()} == cells
         assert (plain != 255).sum() < (kept != 255).sum()
@@ -237,7 +268,11 @@ def test_joint_transform_moves_image_and_labels_together():
 
 def test_crop_pads_labels_with_ignore():
     transform = D.JointTransform(crop=(6, 6))
-    _, y = transform(torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8), torch.Generator())
+    _, y = transform(
+        torch.zeros(3, 4, 4, dtype=torch.uint8),
+        torch.zeros(4, 4, dtype=torch.uint8),
+        torch.Generator(),
+    )
     assert (y == 255).sum() == 36 - 16 and (y[:4, :4] == 0).all()
 
 
@@ -251,9 +286,9 @@ def test_a_crop_is_placed_where_it_is_told():
         return (2, 5)
 
     transform = D.JointTransform(crop=(4, 3), crop_at=at)
-    assert transform(image, labels, torch.Generator())[1].tolist() == labels[2:6, 5:8].tolist() and seen == [
-        ((8, 8), (4, 3))
-    ]
+    assert transform(image, labels, torch.Generator())[1].tolist() == labels[
+        2:6, 5:8
+    ].tolist() and seen == [((8, 8), (4, 3))]
     anywhere = D.JointTransform(crop=(4, 3), crop_at=lambda *args, **named: None)
     x, y = anywhere(image, labels, torch.Generator().manual_seed(0))
     expected = D.JointTransform(crop=(4, 3))(image, labels, torch.Generator().manual_seed(0))
@@ -267,7 +302,9 @@ def test_a_mixture_shows_its_entries(tmp_path):
     views = [D.TrainingView(data, D.JointTransform(), seed) for seed in (1, 2)]
     mixture = D.Mixture(views, [(0, 2), (1, 0), (1, 1)])
     found = [mixture[draw, k] for draw, k in ((0, 0), (1, 1), (2, 2))]
-    assert [(int(y[0, 0]), k) for _, y, k in found] == [(2, 2), (0, 0), (1, 1)] and len(mixture) == 3
+    assert [(int(y[0, 0]), k) for _, y, k in found] == [(2, 2), (0, 0), (1, 1)] and len(
+        mixture
+    ) == 3
 
 
 # ------------------------------------------------------------------------------------------------------------- samplers
@@ -314,12 +351,16 @@ def test_views_give_the_same_bits_with_any_number_of_workers(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(4):
         gta5_pair(tmp_path, f"{i:05d}.png", rng.choice([7, 8, 11], (20, 30)).astype(np.uint8))
-        put(tmp_path / f"gta5/images/{i:05d}.png", rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+        put(
+            tmp_path / f"gta5/images/{i:05d}.png", rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+        )
     data = D.open_dataset("gta5", tmp_path)
     view = D.TrainingView(data, D.JointTransform(scale=(0.5, 2), crop=(16, 16), flip=True), seed=1)
 
     def first(workers):
-        loader = torch.utils.data.DataLoader(view, 2, sampler=D.EndlessSampler(4, 0), num_workers=workers)
+        loader = torch.utils.data.DataLoader(
+            view, 2, sampler=D.EndlessSampler(4, 0), num_workers=workers
+        )
         return [x for x, _ in zip(loader, range(3), strict=False)]
 
     for a, b in zip(first(0), first(2), strict=True):

@@ -17,12 +17,26 @@ import pytest
 import torch
 import torchvision
 
-from alda import deeplab
-from alda.deeplab import Backbone, DeepLabV2, DeepLabV3Plus, build, load_checkpoint, parameter_groups, upsample
-from alda.errors import InputError
+from alda import InputError, deeplab
+from alda.deeplab import (
+    Backbone,
+    DeepLabV2,
+    DeepLabV3Plus,
+    build,
+    load_checkpoint,
+    parameter_groups,
+    upsample,
+)
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
-STAL = dict(batch_norm="live", stem="deep", multi_grid=(2, 2, 4), aspp="dense", representation=256, auxiliary=True)
+STAL = dict(
+    batch_norm="live",
+    stem="deep",
+    multi_grid=(2, 2, 4),
+    aspp="dense",
+    representation=256,
+    auxiliary=True,
+)
 CRST = dict(batch_norm="live", caffe=True)
 TOLERANCE = 2e-5  # of the largest logit: measured gaps are near 1e-6, an epsilon of 1e-5 in the batch norm gives 6e-5
 
@@ -87,13 +101,17 @@ def assert_close(got, expected, tolerance=TOLERANCE):
     expected = torch.as_tensor(expected)
     assert got.shape == expected.shape, f"{tuple(got.shape)} instead of {tuple(expected.shape)}"
     gap, scale = (got - expected).abs(), expected.abs().max()
-    assert gap.max() <= tolerance * scale, f"gap max {gap.max():.3e} mean {gap.mean():.3e}, largest value {scale:.3e}"
+    assert gap.max() <= tolerance * scale, (
+        f"gap max {gap.max():.3e} mean {gap.mean():.3e}, largest value {scale:.3e}"
+    )
 
 
 def names(network, **arguments):
     """{name: shape} of a network's state dict, built without memory."""
     with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in network(**arguments).state_dict().items()}
+        return {
+            name: tuple(tensor.shape) for name, tensor in network(**arguments).state_dict().items()
+        }
 
 
 # -------------------------------------------------------------------------------------------- recorded official outputs
@@ -104,7 +122,11 @@ def names(network, **arguments):
 def test_ripu_logits(network, batch_norm, tmp_path):
     tag = {"frozen": "frozenbn", "live": "bn"}[batch_norm]
     key = {DeepLabV2: "v2", DeepLabV3Plus: "v3plus"}[network]
-    head = "ripu_classifier_deeplabv2" if network is DeepLabV2 else f"ripu_classifier_deeplabv3plus_{tag}"
+    head = (
+        "ripu_classifier_deeplabv2"
+        if network is DeepLabV2
+        else f"ripu_classifier_deeplabv3plus_{tag}"
+    )
     arrays, images = golden(f"ripu_{tag}")
     content = {
         "feature_extractor": weights(f"ripu_feature_extractor_{tag}", "module."),
@@ -130,7 +152,9 @@ def test_stal_logits_representation_and_auxiliary(tmp_path):
         "epoch": 199,
         "model_state": {"module.encoder.conv1.0.weight": torch.zeros(1)},
         "teacher_state": weights("stal_modelbuilder", "module."),
-        "best_miou": np.float64(0.76),  # as in the official files: not readable with weights_only=True alone
+        "best_miou": np.float64(
+            0.76
+        ),  # as in the official files: not readable with weights_only=True alone
     }
     model = DeepLabV3Plus(**STAL).eval()
     path = tmp_path / "ckpt.pth"
@@ -165,15 +189,34 @@ def test_crst_logits(tmp_path):
     ("network", "arguments", "parts", "table"),
     [
         (DeepLabV2, {}, ["feature_extractor_frozenbn", "classifier_deeplabv2"], "RIPU_NAMES"),
-        (DeepLabV3Plus, {}, ["feature_extractor_frozenbn", "classifier_deeplabv3plus_frozenbn"], "RIPU_NAMES"),
-        (DeepLabV2, {"batch_norm": "live"}, ["feature_extractor_bn", "classifier_deeplabv2"], "RIPU_NAMES"),
-        (DeepLabV3Plus, {"batch_norm": "live"}, ["feature_extractor_bn", "classifier_deeplabv3plus_bn"], "RIPU_NAMES"),
+        (
+            DeepLabV3Plus,
+            {},
+            ["feature_extractor_frozenbn", "classifier_deeplabv3plus_frozenbn"],
+            "RIPU_NAMES",
+        ),
+        (
+            DeepLabV2,
+            {"batch_norm": "live"},
+            ["feature_extractor_bn", "classifier_deeplabv2"],
+            "RIPU_NAMES",
+        ),
+        (
+            DeepLabV3Plus,
+            {"batch_norm": "live"},
+            ["feature_extractor_bn", "classifier_deeplabv3plus_bn"],
+            "RIPU_NAMES",
+        ),
         (DeepLabV3Plus, STAL, ["stal_modelbuilder"], "STAL_NAMES"),
         (DeepLabV2, CRST, ["crst_res_deeplab"], "CRST_NAMES"),
     ],
 )
-def test_every_official_name_is_consumed_and_every_entry_of_ours_filled(network, arguments, parts, table):
-    entries = [entry for part in parts for entry in official(part if len(parts) == 1 else f"ripu_{part}")]
+def test_every_official_name_is_consumed_and_every_entry_of_ours_filled(
+    network, arguments, parts, table
+):
+    entries = [
+        entry for part in parts for entry in official(part if len(parts) == 1 else f"ripu_{part}")
+    ]
     renamed = deeplab._rename(dict(entries), getattr(deeplab, table))
     assert len(renamed) == len(entries)  # no two official names became one
     assert renamed == names(network, **arguments)
@@ -210,7 +253,9 @@ def test_dilation_computes_the_original_resnet_on_a_finer_grid(backbone):
     torch.manual_seed(0)
     original = torchvision.models.get_model(backbone, weights=None).eval()
     dilated = Backbone(backbone, "live").eval()
-    state = {name: value for name, value in original.state_dict().items() if not name.startswith("fc.")}
+    state = {
+        name: value for name, value in original.state_dict().items() if not name.startswith("fc.")
+    }
     dilated.load_state_dict(state)
     images = torch.randn(1, 3, 65, 97)
     with torch.inference_mode():
@@ -236,7 +281,12 @@ def test_deeper_stem_and_caffe_pool_with_ceil_mode():
 def test_v2_is_the_sum_of_its_four_branches_and_upsample_keeps_corners():
     torch.manual_seed(0)
     model = DeepLabV2(5, "resnet18", "live").eval()
-    assert [branch.dilation for branch in model.classifier.branches] == [(6, 6), (12, 12), (18, 18), (24, 24)]
+    assert [branch.dilation for branch in model.classifier.branches] == [
+        (6, 6),
+        (12, 12),
+        (18, 18),
+        (24, 24),
+    ]
     features = torch.randn(1, 512, 9, 13)
     with torch.inference_mode():
         parts = torch.stack([branch(features) for branch in model.classifier.branches])
@@ -277,7 +327,12 @@ def test_parameter_groups_cover_every_trainable_parameter_once():
     model = DeepLabV3Plus(5, "resnet18", "live", representation=8, auxiliary=True)
     model.backbone.conv1.weight.requires_grad_(False)
     backbone, head = parameter_groups(model, 1e-3)
-    assert (backbone["lr"], head["lr"], backbone["factor"], head["factor"]) == (1e-3, 1e-2, 1.0, 10.0)
+    assert (backbone["lr"], head["lr"], backbone["factor"], head["factor"]) == (
+        1e-3,
+        1e-2,
+        1.0,
+        10.0,
+    )
     grouped = [id(p) for group in (backbone, head) for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert {id(p) for p in backbone["params"]} < {id(p) for p in model.backbone.parameters()}
@@ -303,7 +358,10 @@ def test_build_none_needs_live_batch_norm():
         (dict(net="unet"), "unknown network 'unet'"),
         (dict(net="deeplabv2", backbone="vgg"), "unknown backbone 'vgg'"),
         (dict(net="deeplabv2", batch_norm="sync"), "'frozen' or 'live'"),
-        (dict(net="deeplabv2", stem="wide", init="none", batch_norm="live"), "'torchvision' or 'deep'"),
+        (
+            dict(net="deeplabv2", stem="wide", init="none", batch_norm="live"),
+            "'torchvision' or 'deep'",
+        ),
         (dict(net="deeplabv2", stem="deep"), "no ImageNet weights for stem 'deep'"),
         (dict(net="deeplabv2", backbone="resnet18", caffe=True), "not on resnet18"),
         (dict(net="deeplabv2", multi_grid=(2, 4)), "three factors"),
@@ -319,7 +377,9 @@ def test_build_refuses_what_does_not_exist(arguments, message):
 def test_imagenet_weights_fill_the_backbone_or_name_the_missing_file(monkeypatch):
     torch.manual_seed(0)
     state = torchvision.models.resnet18(weights=None).state_dict()
-    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", lambda *_, **__: dict(state))
+    monkeypatch.setattr(
+        torchvision.models.ResNet18_Weights, "get_state_dict", lambda *_, **__: dict(state)
+    )
     model = build("deeplabv2", "resnet18", init="imagenet")
     assert torch.equal(model.backbone.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
 
@@ -331,7 +391,12 @@ def test_imagenet_weights_fill_the_backbone_or_name_the_missing_file(monkeypatch
         build("deeplabv2", "resnet18", init="imagenet")
     message = str(error.value)
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-    assert "resnet18-f37072fd.pth" in message and folder in message and "no route" in message and "\n" not in message
+    assert (
+        "resnet18-f37072fd.pth" in message
+        and folder in message
+        and "no route" in message
+        and "\n" not in message
+    )
 
 
 def test_own_layout_round_trip(tmp_path):
@@ -342,11 +407,16 @@ def test_own_layout_round_trip(tmp_path):
     torch.save({"model": student.state_dict(), "teacher": teacher.state_dict(), "step": 7}, path)
     for which, saved in (("model", student), ("teacher", teacher)):
         assert load_checkpoint(model, path, which) == "alda"
-        assert all(torch.equal(value, saved.state_dict()[name]) for name, value in model.state_dict().items())
+        assert all(
+            torch.equal(value, saved.state_dict()[name])
+            for name, value in model.state_dict().items()
+        )
     torch.save({f"module.{name}": value for name, value in student.state_dict().items()}, path)
     assert load_checkpoint(model, str(path)) == "alda"
     assert torch.equal(model.classifier.branches[3].bias, student.classifier.branches[3].bias)
-    frozen = build("deeplabv2", "resnet18", 5, "frozen", path, representation=8)  # live to frozen: counters are dropped
+    frozen = build(
+        "deeplabv2", "resnet18", 5, "frozen", path, representation=8
+    )  # live to frozen: counters are dropped
     assert torch.equal(frozen.backbone.bn1.weight, student.backbone.bn1.weight)
     torch.save({"model": frozen.state_dict()}, path)
     assert load_checkpoint(model, path) == "alda"  # frozen to live: counters stay
@@ -366,7 +436,9 @@ def test_torchvision_file_fills_the_backbone_only(tmp_path):
     assert load_checkpoint(model, path) == "torchvision"
     assert torch.equal(model.backbone.layer1[0].conv1.weight, original["layer1.0.conv1.weight"])
     assert torch.equal(model.classifier.branches[0].weight, head)
-    with pytest.raises(InputError, match=r"unexpected: backbone\.layer1\.0\.conv1|missing: backbone\."):
+    with pytest.raises(
+        InputError, match=r"unexpected: backbone\.layer1\.0\.conv1|missing: backbone\."
+    ):
         load_checkpoint(DeepLabV2(5, "resnet50", "frozen"), path)
 
 
@@ -430,7 +502,12 @@ def test_heads_that_a_file_lacks_start_at_random_and_say_so(tmp_path, capsys):
     """STAL from a source-trained network: only whole extra heads may be missing."""
     plain = build("deeplabv3plus", "resnet18", batch_norm="live", init="none")
     torch.save({"model": plain.state_dict()}, tmp_path / "plain.pt")
-    network = {"batch_norm": "live", "init": str(tmp_path / "plain.pt"), "representation": 256, "auxiliary": True}
+    network = {
+        "batch_norm": "live",
+        "init": str(tmp_path / "plain.pt"),
+        "representation": 256,
+        "auxiliary": True,
+    }
     model = build("deeplabv3plus", "resnet18", **network)
     assert torch.equal(model.backbone.conv1.weight, plain.backbone.conv1.weight)
     out = capsys.readouterr().out

@@ -32,7 +32,9 @@ def test_confusion_matrix_equals_a_slow_loop():
 
 def test_iou_equals_the_recorded_official_counts():
     golden = np.load(GOLDEN / "miou.npz")
-    matrix = E.confusion_matrix(torch.from_numpy(golden["pred"]), torch.from_numpy(golden["target"]))
+    matrix = E.confusion_matrix(
+        torch.from_numpy(golden["pred"]), torch.from_numpy(golden["target"])
+    )
     assert matrix.diagonal().tolist() == golden["inter_np"].tolist()
     assert matrix.sum(1).tolist() == golden["target_np"].tolist()
     union = golden["union_np"]
@@ -45,17 +47,26 @@ def test_iou_equals_the_recorded_official_counts():
 
 def test_a_prediction_outside_the_classes_is_an_error():
     golden = np.load(GOLDEN / "miou.npz")  # here the official histogram counts class 16 as 15
-    prediction, labels = torch.from_numpy(golden["pred_over"]), torch.from_numpy(golden["target_over"])
+    prediction, labels = (
+        torch.from_numpy(golden["pred_over"]),
+        torch.from_numpy(golden["target_over"]),
+    )
     with pytest.raises(ValueError, match=r"outside 0\.\.15"):
         E.confusion_matrix(prediction, labels, 16)
 
 
 def test_absent_classes_are_left_out_and_listed():
     matrix = torch.zeros(19, 19, dtype=torch.int64)
-    matrix[0, 0], matrix[0, 9], matrix[3, 3] = 30, 10, 20  # road 30/40, terrain predicted only: 0/10, wall 1
+    matrix[0, 0], matrix[0, 9], matrix[3, 3] = (
+        30,
+        10,
+        20,
+    )  # road 30/40, terrain predicted only: 0/10, wall 1
     result = E.summary(matrix)
     assert result["mIoU19"] == pytest.approx((0.75 + 0 + 1) / 3)
-    assert result["mIoU16"] == pytest.approx((0.75 + 1) / 2) and result["mIoU13"] == pytest.approx(0.75)
+    assert result["mIoU16"] == pytest.approx((0.75 + 1) / 2) and result["mIoU13"] == pytest.approx(
+        0.75
+    )
     assert result["lowest"] == {"class": "terrain", "IoU": 0.0} and len(result["absent"]) == 16
     assert result["IoU"]["train"] is None and "left out as absent: sidewalk" in E.describe(result)
     assert E.summary(torch.zeros(19, 19, dtype=torch.int64))["mIoU19"] is None
@@ -70,16 +81,22 @@ class Echo(torch.nn.Module):
 
 @pytest.mark.parametrize("window,stride", [(8, 2 / 3), (7, 0.5), (64, 2 / 3)])
 def test_sliding_windows_cover_every_pixel_and_agree_with_one_pass(window, stride):
-    image = torch.randint(0, 256, (3, 19, 30), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    image = torch.randint(0, 256, (3, 19, 30), generator=torch.Generator().manual_seed(0)).to(
+        torch.uint8
+    )
     whole = E.predict_prob(Echo(), image, E.Protocol("whole"), "cpu")
-    tiles = E.predict_prob(Echo(), image, E.Protocol("sliding", window=window, stride=stride), "cpu")
+    tiles = E.predict_prob(
+        Echo(), image, E.Protocol("sliding", window=window, stride=stride), "cpu"
+    )
     assert (tiles - whole).abs().max() < 1e-6
     starts = E._starts(19, window, stride)
     assert starts[0] == 0 and (window >= 19 or starts[-1] == 19 - window)
 
 
 def test_flip_averages_the_mirror_image():
-    image = torch.randint(0, 256, (3, 6, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    image = torch.randint(0, 256, (3, 6, 8), generator=torch.Generator().manual_seed(0)).to(
+        torch.uint8
+    )
 
     class Shift(torch.nn.Module):
         def forward(self, x):
@@ -127,14 +144,36 @@ def test_evaluate_counts_every_labelled_pixel_once(run, tiny_world):
 
 def test_score_command_prints_number_and_protocol(run, tiny_world, capsys, tmp_path):
     json_file = tmp_path / "score.json"
-    arguments = ["score", str(run[0]), "--root", str(tiny_world), "--protocol", "whole", "--json", str(json_file)]
+    arguments = [
+        "score",
+        str(run[0]),
+        "--root",
+        str(tiny_world),
+        "--protocol",
+        "whole",
+        "--json",
+        str(json_file),
+    ]
     assert E.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "mIoU19" in out and "protocol whole (full resolution, no flip" in out and json_file.is_file()
+    assert (
+        "mIoU19" in out
+        and "protocol whole (full resolution, no flip" in out
+        and json_file.is_file()
+    )
 
 
 def test_predict_command_writes_cityscapes_ids(run, tiny_world, capsys, tmp_path):
-    arguments = ["predict", str(run[0]), "--root", str(tiny_world), "--size", "128x64", "--to", str(tmp_path)]
+    arguments = [
+        "predict",
+        str(run[0]),
+        "--root",
+        str(tiny_world),
+        "--size",
+        "128x64",
+        "--to",
+        str(tmp_path),
+    ]
     assert E.main(arguments) == 0
     files = sorted(tmp_path.glob("*_pred_labelIds.png"))
     samples = open_dataset("cityscapes", tiny_world, "val").samples
@@ -173,7 +212,9 @@ def test_pictures_put_panels_side_by_side():
 
 def test_dataset_without_labels_cannot_be_scored(tiny_world):
     data = open_dataset("cityscapes", tiny_world, "val")
-    bare = SegmentationDataset("cityscapes", [s._replace(label=None) for s in data.samples], "cityscapes")
+    bare = SegmentationDataset(
+        "cityscapes", [s._replace(label=None) for s in data.samples], "cityscapes"
+    )
     with pytest.raises(E.InputError, match="publishes no labels"):
         E.evaluate(Echo(), bare, E.PROTOCOLS["whole"], "cpu")
 
@@ -193,7 +234,13 @@ def finished(folder, strategy="ripu", miou=0.5, protocol="ripu (64x32)", **more)
         "pixels": 0,
         "budget": 0.05,
     }
-    s |= {"cbda": "both", "unlabelled": 1.0, "contrast": 0.0, "image_queries": "random", "restart": False}
+    s |= {
+        "cbda": "both",
+        "unlabelled": 1.0,
+        "contrast": 0.0,
+        "image_queries": "random",
+        "restart": False,
+    }
     (folder / "config.json").write_text(json.dumps({"settings": s}))
     budget = {"asked": 50, "share": 0.05, "images": 3, "trained": 20, "class_entropy": 0.8}
     means = {"mIoU19": miou, "mIoU16": miou, "mIoU13": None}
@@ -227,20 +274,38 @@ def test_compare_lays_runs_side_by_side(tmp_path, capsys):
     assert "protocol: ripu (64x32)" in out and "TOY" not in out
     line = next(line for line in out.splitlines() if line.startswith("mIoU19"))
     assert line.split() == ["mIoU19", "50.0", "60.0", "40.0"]
-    assert next(line for line in out.splitlines() if line.startswith("IoU train")).split()[2:] == ["-", "-", "-"]
+    assert next(line for line in out.splitlines() if line.startswith("IoU train")).split()[2:] == [
+        "-",
+        "-",
+        "-",
+    ]
     with open(files["--csv"]) as file:
         rows = list(csv.DictReader(file))
-    assert [row["strategy"] for row in rows] == ["ripu", "cbda both + cbst", "stal lambda_u 1 lambda_c 0 random"]
-    assert rows[2]["student mIoU19"] == "30.0" and rows[0]["IoU wall"] == "50.0" and rows[0]["IoU train"] == ""
+    assert [row["strategy"] for row in rows] == [
+        "ripu",
+        "cbda both + cbst",
+        "stal lambda_u 1 lambda_c 0 random",
+    ]
+    assert (
+        rows[2]["student mIoU19"] == "30.0"
+        and rows[0]["IoU wall"] == "50.0"
+        and rows[0]["IoU train"] == ""
+    )
     assert np.array(Image.open(files["--plot"]).convert("RGB")).std() > 5
 
 
 def test_compare_refuses_to_mix(tmp_path, capsys):
-    runs = [finished(tmp_path / "a"), finished(tmp_path / "b", protocol="sliding (full resolution)")]
+    runs = [
+        finished(tmp_path / "a"),
+        finished(tmp_path / "b", protocol="sliding (full resolution)"),
+    ]
     assert E.main(["compare", *runs]) == 2
     err = capsys.readouterr().err
     assert (
-        err.count("\n") == 1 and "different values of 'protocol'" in err and "sliding (full" in err and "--mixed" in err
+        err.count("\n") == 1
+        and "different values of 'protocol'" in err
+        and "sliding (full" in err
+        and "--mixed" in err
     )
     assert E.main(["compare", *runs, "--mixed"]) == 0
     assert "sliding (full resolution)" in capsys.readouterr().out

@@ -14,10 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from alda import evaluation, loop, pseudolabels, queries, settings
+from alda import InputError, evaluation, loop, pseudolabels, queries, settings
 from alda.annotation import Rounds
 from alda.datasets import open_dataset
-from alda.errors import InputError
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = {
@@ -56,11 +55,23 @@ def arguments(world, out, **changes):
             **given,
         }
     if given["strategy"] in settings.SELF_TRAINING:
-        given = {"crop": "48x24", "test_size": "64x32", "source_steps": 2, "source_portion": 0.3, **given}
+        given = {
+            "crop": "48x24",
+            "test_size": "64x32",
+            "source_steps": 2,
+            "source_portion": 0.3,
+            **given,
+        }
     words = []
     for name, value in given.items():
         name = "--" + name.replace("_", "-")
-        words += [name] if value is True else ["--no-" + name[2:]] if value is False else [name, str(value)]
+        words += (
+            [name]
+            if value is True
+            else ["--no-" + name[2:]]
+            if value is False
+            else [name, str(value)]
+        )
     return words
 
 
@@ -93,7 +104,9 @@ def round_files(out):
 
 def metric_lines(out):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("steps_per_s", "memory_GB")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("steps_per_s", "memory_GB")} for line in lines
+    ]
 
 
 @pytest.fixture
@@ -117,9 +130,19 @@ def interrupt(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "strategy", ["source-only", "full", *settings.QUERIES, "cbda dynamic", "cbda balance", "ripu deeplabv3plus"]
+    "strategy",
+    [
+        "source-only",
+        "full",
+        *settings.QUERIES,
+        "cbda dynamic",
+        "cbda balance",
+        "ripu deeplabv3plus",
+    ],
 )  # V3+ has dropout: random states count
-def test_interrupted_and_resumed_equals_uninterrupted(strategy, tiny_world, tmp_path, interrupt, monkeypatch):
+def test_interrupted_and_resumed_equals_uninterrupted(
+    strategy, tiny_world, tmp_path, interrupt, monkeypatch
+):
     strategy, variant = (*strategy.split(), "")[:2]
     options = {"strategy": strategy, "budget": 0.022}
     if variant:
@@ -158,11 +181,20 @@ def run_with_stops(stops, interrupt, monkeypatch, world, out, options):
     assert loop.main(arguments(world, out, **options, **resume)) == 0
 
 
-@pytest.mark.parametrize("strategy", ["st", "cbst", "cbst-sp", "ripu st", "cbda cbst", "random cbst-sp"])
-def test_pseudo_labels_interrupted_and_resumed(strategy, tiny_world, tmp_path, interrupt, monkeypatch):
+@pytest.mark.parametrize(
+    "strategy", ["st", "cbst", "cbst-sp", "ripu st", "cbda cbst", "random cbst-sp"]
+)
+def test_pseudo_labels_interrupted_and_resumed(
+    strategy, tiny_world, tmp_path, interrupt, monkeypatch
+):
     strategy, pseudo = (*strategy.split(), "")[:2]
-    options = {"strategy": strategy, **({"pseudo": pseudo, "pseudo_steps": "3,6"} if pseudo else {})}
-    options["rules"] = "code"  # the network of 2 steps saturates: the paper's strict rule labels nothing
+    options = {
+        "strategy": strategy,
+        **({"pseudo": pseudo, "pseudo_steps": "3,6"} if pseudo else {}),
+    }
+    options["rules"] = (
+        "code"  # the network of 2 steps saturates: the paper's strict rule labels nothing
+    )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert loop.main(arguments(tiny_world, whole, **options)) == 0
     # in the middle of the source training (where there is one), of the second pass over the target, and of training
@@ -170,24 +202,37 @@ def test_pseudo_labels_interrupted_and_resumed(strategy, tiny_world, tmp_path, i
     run_with_stops(stops, interrupt, monkeypatch, tiny_world, parts, options)
     assert_same_bits(state_of(whole)["model"], state_of(parts)["model"])
     assert round_files(whole) == round_files(parts) and metric_lines(whole) == metric_lines(parts)
-    result, again = (json.loads((out / "result.json").read_text()) | {"wall_s": 0} for out in (whole, parts))
+    result, again = (
+        json.loads((out / "result.json").read_text()) | {"wall_s": 0} for out in (whole, parts)
+    )
     assert result == again and (result["budget"]["asked"] > 0) == bool(pseudo)
     check_pseudo_labels(whole, result, tiny_world)
 
 
 def check_pseudo_labels(out, result, world):
     """Every target image was pseudo-labelled in both rounds, never where it was bought, and the record counts it right."""
-    target, rounds, pseudo = open_dataset("cityscapes", world, "train"), Rounds(out / "rounds"), Rounds(out / "pseudo")
+    target, rounds, pseudo = (
+        open_dataset("cityscapes", world, "train"),
+        Rounds(out / "rounds"),
+        Rounds(out / "pseudo"),
+    )
     assert pseudo.complete() == 2 and [r["portion"] for r in result["pseudo_rounds"]] == [0.2, 0.25]
-    record, asked_before = pseudo.record(2), sum(step <= 6 for step in (2, 5)) if rounds.complete() else 0
+    record, asked_before = (
+        pseudo.record(2),
+        sum(step <= 6 for step in (2, 5)) if rounds.complete() else 0,
+    )
     labelled = correct = 0
     for index, sample in enumerate(target.samples):
         labels, truth = pseudolabels.pseudo_labels(target, pseudo, 2, index), target.labels(index)
         labelled += int((labels != 255).sum())
         correct += int(((labels == truth) & (labels != 255)).sum())
-        assert not ((labels != 255) & (rounds.labels(sample.id, sample.size, asked_before) != 255)).any()
+        assert not (
+            (labels != 255) & (rounds.labels(sample.id, sample.size, asked_before) != 255)
+        ).any()
     assert record["labelled"] == labelled > 0 and 0 < record["accuracy"] <= 1
-    assert record["accuracy"] >= correct / labelled - 1e-9  # pixels whose truth is unknown are not judged
+    assert (
+        record["accuracy"] >= correct / labelled - 1e-9
+    )  # pixels whose truth is unknown are not judged
     validation = {s.id for s in open_dataset("cityscapes", world, "val").samples}
     files = {p.stem for p in (out / "pseudo").rglob("labels/*.png")}
     assert files == {s.id for s in target.samples} and not files & validation
@@ -220,7 +265,9 @@ def test_stal_interrupted_and_resumed(switches, tiny_world, tmp_path, interrupt,
     run_with_stops(stops, interrupt, monkeypatch, tiny_world, parts, options)
     assert_same_bits(state_of(whole), state_of(parts))
     assert round_files(whole) == round_files(parts) and metric_lines(whole) == metric_lines(parts)
-    result, again = (json.loads((out / "result.json").read_text()) | {"wall_s": 0} for out in (whole, parts))
+    result, again = (
+        json.loads((out / "result.json").read_text()) | {"wall_s": 0} for out in (whole, parts)
+    )
     assert result == again
     check_loops(whole, result, switches, tiny_world)
 
@@ -233,12 +280,21 @@ def check_loops(out, result, switches, world):
     assert len({s.group for s in target.samples if s.id in first}) == 2
     for sample in target.samples:
         assert rounds.asked(sample.id, sample.size).all() == (sample.id in first | second)
-    assert result["budget"]["asked"] == sum(math.prod(s.size) for s in target.samples if s.id in first | second)
-    assert result["budget"]["images"] == 3 and [x["asked_images"] for x in result["loops"]] == [2, 3]
+    assert result["budget"]["asked"] == sum(
+        math.prod(s.size) for s in target.samples if s.id in first | second
+    )
+    assert result["budget"]["images"] == 3 and [x["asked_images"] for x in result["loops"]] == [
+        2,
+        3,
+    ]
     assert result["loops"][1]["mIoU19"] == result["mIoU19"] and result["student"]["images"] == 3
     state = state_of(out)
-    assert not torch.equal(state["teacher"]["backbone.conv1.weight"], state["model"]["backbone.conv1.weight"])
-    assert evaluation.main(["score", str(out), "--json", str(out / "again.json")]) == 0  # the teacher, as reported
+    assert not torch.equal(
+        state["teacher"]["backbone.conv1.weight"], state["model"]["backbone.conv1.weight"]
+    )
+    assert (
+        evaluation.main(["score", str(out), "--json", str(out / "again.json")]) == 0
+    )  # the teacher, as reported
     assert json.loads((out / "again.json").read_text())["IoU"] == result["IoU"]
     losses = metric_lines(out)[-2]["losses"]
     expected = {"supervised", "unlabelled", "contrastive", "kept", "accuracy"}
@@ -251,7 +307,9 @@ def check_loops(out, result, switches, world):
 def test_stal_asks_for_the_most_uncertain_images_of_each_group(tiny_world, tmp_path, monkeypatch):
     """With made-up scores: in the second loop the quota of a group goes to its highest scores."""
     scores = iter([0.3, 0.9, 0.1, 0.8])
-    monkeypatch.setattr(queries.acquisition, "image_uncertainty", lambda prob: torch.tensor(next(scores)))
+    monkeypatch.setattr(
+        queries.acquisition, "image_uncertainty", lambda prob: torch.tensor(next(scores))
+    )
     assert loop.main(arguments(tiny_world, tmp_path, strategy="stal", steps=4)) == 0
     target, rounds = open_dataset("cityscapes", tiny_world, "train"), Rounds(tmp_path / "rounds")
     first, second = rounds.record(1)["images"], rounds.record(2)
@@ -265,14 +323,20 @@ def test_stal_asks_for_the_most_uncertain_images_of_each_group(tiny_world, tmp_p
 
 def test_images_due_are_the_published_ones():
     s = settings.settings_for({"strategy": "stal"})
-    assert loop.images_due(s, 2975) == [30, 35, 84]  # the paper: 30, 65, 150 in all; 5 % of 2,975 is 148.75
+    assert loop.images_due(s, 2975) == [
+        30,
+        35,
+        84,
+    ]  # the paper: 30, 65, 150 in all; 5 % of 2,975 is 148.75
     with pytest.raises(InputError, match="every loop needs one"):
         loop.images_due(s, 20)
 
 
 def test_stal_on_two_processes(tiny_world, tmp_path, capsys):
     """torchrun on a CPU: one run folder, rounds as of one process, and the student's gradients are averaged."""
-    words = arguments(tiny_world, tmp_path / "out", strategy="stal", steps=4, net="deeplabv3plus", threads=1)
+    words = arguments(
+        tiny_world, tmp_path / "out", strategy="stal", steps=4, net="deeplabv3plus", threads=1
+    )
     command = [
         sys.executable,
         "-m",
@@ -284,14 +348,21 @@ def test_stal_on_two_processes(tiny_world, tmp_path, capsys):
         "alda.loop",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *words], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(
+        [*command, *words], capture_output=True, text=True, env=environment, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("last checkpoint, teacher") == 1 and "2 processes (cpu)" in done.stdout
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["budget"]["images"] == 3 and result["images"] == 3
-    assert loop.main([*words, "--resume"]) == 2 and "started with 2 processes" in capsys.readouterr().err
+    assert (
+        loop.main([*words, "--resume"]) == 2
+        and "started with 2 processes" in capsys.readouterr().err
+    )
     words[words.index("stal")] = "source-only"
-    refused = subprocess.run([*command, *words], capture_output=True, text=True, env=environment, timeout=300)
+    refused = subprocess.run(
+        [*command, *words], capture_output=True, text=True, env=environment, timeout=300
+    )
     assert refused.returncode != 0 and "start it without torchrun" in refused.stderr
 
 
@@ -307,23 +378,36 @@ def test_pseudo_labels_are_a_loss_of_their_own():
     bought[0, :4], guessed[0, :4] = 255, labels[0, :4] - 100
     for name, expected in (("target", bought), ("pseudo", guessed)):
         torch.testing.assert_close(
-            losses[name], torch.nn.functional.cross_entropy(logits, expected.long(), ignore_index=255)
+            losses[name],
+            torch.nn.functional.cross_entropy(logits, expected.long(), ignore_index=255),
         )
-    off = loop.losses_of_step(settings.settings_for({"strategy": "ripu"}), lambda x: logits, None, [images, bought])
+    off = loop.losses_of_step(
+        settings.settings_for({"strategy": "ripu"}), lambda x: logits, None, [images, bought]
+    )
     assert "pseudo" not in off
 
 
 def test_schedules_of_rounds():
     s = settings.settings_for({"strategy": "cbst"})
-    assert s.epochs == 2 and loop.round_starts(s, [3724, 3786]) == [0, 3724, 7510]  # 2 epochs of 2 images a step
-    assert loop.round_starts(settings.settings_for({"strategy": "cbst", "steps": 10}), [5, 5, 5]) == [0, 3, 6, 10]
+    assert s.epochs == 2 and loop.round_starts(s, [3724, 3786]) == [
+        0,
+        3724,
+        7510,
+    ]  # 2 epochs of 2 images a step
+    assert loop.round_starts(
+        settings.settings_for({"strategy": "cbst", "steps": 10}), [5, 5, 5]
+    ) == [0, 3, 6, 10]
     s = settings.settings_for({"strategy": "ripu", "pseudo": "cbst"})
     assert queries.pseudo_schedule(s, queries.query_schedule(s)) == [18000, 23500, 29000, 34500]
 
 
 def check_result(out, strategy, result, world):
     """Budget, rounds, pictures and report of a finished run."""
-    assert 0 <= result["mIoU19"] <= 1 and "64x32" in result["protocol"] and result["strategy"] == strategy
+    assert (
+        0 <= result["mIoU19"] <= 1
+        and "64x32" in result["protocol"]
+        and result["strategy"] == strategy
+    )
     if strategy in ("source-only", "full"):
         assert result["budget"]["asked"] == 0 and not list(out.glob("rounds/*"))
         assert result["budget"]["share"] == (strategy == "full")
@@ -335,15 +419,21 @@ def check_result(out, strategy, result, world):
         assert strategy == "cbda" or 0 < first.sum() < both.sum()
         masks = [rounds.asked(sample.id, sample.size, 1), both & ~first]
         images = [rounds.record(n)["images"].get(sample.id, {"asked": 0})["asked"] for n in (1, 2)]
-        assert [int(m.sum()) for m in masks] == images  # no pixel is asked twice: the rounds' counts add up
+        assert [
+            int(m.sum()) for m in masks
+        ] == images  # no pixel is asked twice: the rounds' counts add up
         limit = 40 if strategy == "ripu-pa" else 0.022 * math.prod(sample.size)
         assert dynamic or both.sum() <= limit
     total = sum(rounds.record(n)["asked"] for n in (1, 2))
     assert result["budget"]["asked"] == total and result["budget"]["images"] <= len(target)
-    assert strategy == "ripu-pa" or total <= 0.022 * sum(math.prod(sample.size) for sample in target.samples)
+    assert strategy == "ripu-pa" or total <= 0.022 * sum(
+        math.prod(sample.size) for sample in target.samples
+    )
     if strategy == "cbda":
         second = rounds.record(2)
-        assert ("threshold" in second) == dynamic and ("class_weights" in second) == (result["cbda"] != "dynamic")
+        assert ("threshold" in second) == dynamic and ("class_weights" in second) == (
+            result["cbda"] != "dynamic"
+        )
         if result["cbda"] != "dynamic":
             budget, classes = second["budget_px"], rounds.record(1)["classes"]
             expected = {name: max(0, 1 - n * 19 / budget) for name, n in classes.items()}
@@ -363,7 +453,13 @@ def test_the_seed_decides_and_the_workers_do_not(tiny_world, tmp_path):
 
 def test_pixel_queries_of_cbda_with_every_switch_turned(tiny_world, tmp_path):
     """--rules code, --keep-labels, bfloat16, validation along the way, pixel picks at 20 %, SYNTHIA as the source."""
-    switches = {"rules": "code", "keep_labels": True, "precision": "bfloat16", "eval_every": 4, "src": "synthia"}
+    switches = {
+        "rules": "code",
+        "keep_labels": True,
+        "precision": "bfloat16",
+        "eval_every": 4,
+        "src": "synthia",
+    }
     options = {
         "strategy": "cbda",
         "unit": "pixel",
@@ -392,7 +488,12 @@ def test_source_free_sees_no_source_image(tiny_world, tmp_path, capsys):
     cityscapes_only = tmp_path / "target"
     cityscapes_only.mkdir()
     (cityscapes_only / "cityscapes").symlink_to(tiny_world / "cityscapes")
-    options = {"strategy": "ripu", "source_free": checkpoint, "init": checkpoint, "query_steps": "0,3"}
+    options = {
+        "strategy": "ripu",
+        "source_free": checkpoint,
+        "init": checkpoint,
+        "query_steps": "0,3",
+    }
     assert loop.main(arguments(cityscapes_only, tmp_path / "out", **options)) == 0
     assert (
         "round 1/2" in capsys.readouterr().out.split("ripu:")[1].split("step 2/")[0]
@@ -404,9 +505,13 @@ def test_source_free_sees_no_source_image(tiny_world, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_with_all_of_them(tiny_world, tmp_path, capsys):
-    assert loop.main(arguments(tiny_world, tmp_path, strategy="ripu", lr=1e9, query_steps="6,7")) == 2
+    assert (
+        loop.main(arguments(tiny_world, tmp_path, strategy="ripu", lr=1e9, query_steps="6,7")) == 2
+    )
     err = capsys.readouterr().err
-    assert "a loss is not finite: {'source':" in err and "'negative':" in err and err.count("\n") == 1
+    assert (
+        "a loss is not finite: {'source':" in err and "'negative':" in err and err.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -415,7 +520,10 @@ def test_a_truncated_file_is_one_line_from_any_process(workers, tiny_world, tmp_
     (tmp_path / "cityscapes").symlink_to(tiny_world / "cityscapes")
     for path in (tmp_path / "gta5/images").glob("*.png"):
         path.write_bytes(path.read_bytes()[:2000])
-    assert loop.main(arguments(tmp_path, tmp_path / "out", strategy="source-only", workers=workers)) == 2
+    assert (
+        loop.main(arguments(tmp_path, tmp_path / "out", strategy="source-only", workers=workers))
+        == 2
+    )
     err = capsys.readouterr().err
     assert (
         err.startswith(f"error: {tmp_path}/gta5/images/")
@@ -432,7 +540,12 @@ def test_rounds_that_stand_are_never_asked_again(tiny_world, tmp_path, interrupt
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "rounds").rglob("*")}
     assert len(list((tmp_path / "rounds").glob("0?"))) == 2
     (tmp_path / "checkpoints/last.pt").unlink()  # as if killed before the first checkpoint
-    assert loop.main(arguments(tiny_world, tmp_path, strategy="ripu", checkpoint_every=100, resume=True)) == 0
+    assert (
+        loop.main(
+            arguments(tiny_world, tmp_path, strategy="ripu", checkpoint_every=100, resume=True)
+        )
+        == 0
+    )
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "rounds").rglob("*")} == times
 
 
@@ -447,13 +560,28 @@ def test_poly_equals_the_recorded_official_rates():
 
 
 def test_schedules_are_the_published_ones():
-    assert queries.query_schedule(settings.settings_for({"strategy": "ripu"})) == [10000, 12000, 14000, 16000, 18000]
+    assert queries.query_schedule(settings.settings_for({"strategy": "ripu"})) == [
+        10000,
+        12000,
+        14000,
+        16000,
+        18000,
+    ]
     free = settings.settings_for({"strategy": "ripu", "source_free": "x.pt"})
-    assert queries.query_schedule(free) == [0, 2000, 4000, 6000, 8000] and free.steps == 30000 and free.init == "x.pt"
-    assert settings.settings_for({"strategy": "ripu", "source_free": "x.pt", "rules": "code"}).radius == 9
+    assert (
+        queries.query_schedule(free) == [0, 2000, 4000, 6000, 8000]
+        and free.steps == 30000
+        and free.init == "x.pt"
+    )
+    assert (
+        settings.settings_for({"strategy": "ripu", "source_free": "x.pt", "rules": "code"}).radius
+        == 9
+    )
     assert settings.settings_for({"strategy": "ripu-pa"}).radius == 32
     assert settings.settings_for({"strategy": "ripu-pa"}).pixels == 40
-    assert settings.settings_for({"strategy": "ripu-pa", "budget": 0.1}).pixels == 0  # what is given wins
+    assert (
+        settings.settings_for({"strategy": "ripu-pa", "budget": 0.1}).pixels == 0
+    )  # what is given wins
 
 
 def test_regions_due_follow_the_paper_and_never_pass_the_budget():
@@ -467,7 +595,9 @@ def test_regions_due_follow_the_paper_and_never_pass_the_budget():
     assert queries.budget_pixels(s, [(1024, 2048)] * 3) == 120
     assert [queries.regions_due(40, s, n) for n in (0, 8, 32, 36, 40)] == [8, 8, 8, 4, 0]
     whole = settings.settings_for({"strategy": "ripu", "budget": 1.0, "rounds": 1})
-    assert queries.regions_due(900, whole, 0) == 100  # more than can be placed: the selection returns fewer
+    assert (
+        queries.regions_due(900, whole, 0) == 100
+    )  # more than can be placed: the selection returns fewer
     with pytest.raises(InputError, match="less than one region"):
         queries.regions_due(2, whole, 0)
 
@@ -487,12 +617,21 @@ def test_regions_due_follow_the_paper_and_never_pass_the_budget():
         ({"steps": 3, "query_steps": ""}, "too short for --rounds"),
         ({"strategy": "cbst", "steps": 1}, "too short for --rounds"),
         ({"strategy": "cbst", "crop": ""}, "--scale needs --crop"),
-        ({"strategy": "cbst", "crop": "", "scale": "1,1", "source_size": "32x32"}, "give --crop, or equal"),
+        (
+            {"strategy": "cbst", "crop": "", "scale": "1,1", "source_size": "32x32"},
+            "give --crop, or equal",
+        ),
         ({"strategy": "cbst", "portion": 1.5}, "--portion is a share"),
         ({"strategy": "cbst", "scale": "0"}, "--scale is LOW,HIGH"),
         ({"strategy": "full", "pseudo": "cbst"}, "--pseudo goes with"),
         (
-            {"strategy": "stal", "net": "deeplabv3plus", "crop": "", "scale": "1,1", "source_size": "32x32"},
+            {
+                "strategy": "stal",
+                "net": "deeplabv3plus",
+                "crop": "",
+                "scale": "1,1",
+                "source_size": "32x32",
+            },
             "give --crop, or equal",
         ),
         ({"strategy": "stal", "source_free": "x.pt", "init": "x.pt"}, "--source-free goes with"),
@@ -513,7 +652,9 @@ def test_regions_due_follow_the_paper_and_never_pass_the_budget():
     ],
 )
 def test_user_mistakes_are_one_line_and_status_2(changes, message, tiny_world, tmp_path, capsys):
-    assert loop.main(arguments(tiny_world, tmp_path / "out", **{"strategy": "ripu", **changes})) == 2
+    assert (
+        loop.main(arguments(tiny_world, tmp_path / "out", **{"strategy": "ripu", **changes})) == 2
+    )
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
     assert not (tmp_path / "out/config.json").exists()  # the folder stays free for the next try
@@ -526,7 +667,9 @@ def test_an_out_folder_that_cannot_be_made_is_one_line(tiny_world, tmp_path, cap
 
 
 def test_a_lost_network_asks_nothing(tiny_world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loop.Run, "finite_losses", lambda self, step: torch.zeros(1, len(self.names)))
+    monkeypatch.setattr(
+        loop.Run, "finite_losses", lambda self, step: torch.zeros(1, len(self.names))
+    )
     original = loop.Run.descend
 
     def spoil(self, *args, **kwargs):
@@ -535,13 +678,17 @@ def test_a_lost_network_asks_nothing(tiny_world, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(loop.Run, "descend", spoil)
     assert loop.main(arguments(tiny_world, tmp_path, strategy="ripu")) == 2
-    assert "not finite; nothing was asked" in capsys.readouterr().err and not list(tmp_path.glob("rounds/0?"))
+    assert "not finite; nothing was asked" in capsys.readouterr().err and not list(
+        tmp_path.glob("rounds/0?")
+    )
 
 
 def test_score_takes_the_settings_of_the_run(tiny_world, tmp_path, capsys):
     assert loop.main(arguments(tiny_world, tmp_path, strategy="source-only", steps=2)) == 0
     assert evaluation.main(["score", str(tmp_path), "--json", str(tmp_path / "again.json")]) == 0
-    first, again = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("result", "again"))
+    first, again = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("result", "again")
+    )
     assert first["protocol"] == again["protocol"] and first["IoU"] == again["IoU"]
 
 
@@ -549,7 +696,10 @@ def test_score_takes_the_settings_of_the_run(tiny_world, tmp_path, capsys):
     "words,idle",
     [
         ("ripu --drop 0.1 --portion 0.3 --head stal --budget 0.1", "--drop, --head, --portion"),
-        ("cbst --init x.pt --budget 0.1 --cbda both --source-steps 4 --rounds 2", "--budget, --cbda, --source-steps"),
+        (
+            "cbst --init x.pt --budget 0.1 --cbda both --source-steps 4 --rounds 2",
+            "--budget, --cbda, --source-steps",
+        ),
         ("stal --head stal --budget 0.1 --drop 0.1 --eval-every 5", "--eval-every"),
         ("ripu --pseudo cbst --portion 0.3", ""),
         ("full --keep-labels --protocol sliding --test-size 64x32", "--test-size"),
@@ -561,7 +711,9 @@ def test_options_that_do_nothing_are_named(words, idle, capsys):
     settings.parse(["--strategy", strategy, *options])
     expected = f"note: no effect with --strategy {strategy}: {idle}\n" if idle else ""
     assert capsys.readouterr().err == expected
-    assert not set(settings.READ_BY) - {field.name for field in dataclasses.fields(settings.Settings)}
+    assert not set(settings.READ_BY) - {
+        field.name for field in dataclasses.fields(settings.Settings)
+    }
 
 
 def test_unknown_options_and_wrong_types_are_one_line(capsys):
@@ -577,7 +729,10 @@ def test_two_runs_are_never_mixed(tiny_world, tmp_path, capsys):
     assert loop.main(arguments(tiny_world, tmp_path, strategy="source-only", steps=2)) == 0
     assert loop.main(arguments(tiny_world, tmp_path, strategy="source-only", steps=2)) == 2
     assert "holds a run already" in capsys.readouterr().err
-    assert loop.main(arguments(tiny_world, tmp_path, strategy="source-only", steps=3, resume=True)) == 2
+    assert (
+        loop.main(arguments(tiny_world, tmp_path, strategy="source-only", steps=3, resume=True))
+        == 2
+    )
     assert "--steps 2 -> 3" in capsys.readouterr().err
 
 
@@ -589,7 +744,14 @@ def test_lines_after_the_checkpoint_are_written_once(tiny_world, tmp_path, inter
     monkeypatch.undo()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "losses": {"source": 1}')
-    assert loop.main(arguments(tiny_world, tmp_path, strategy="source-only", checkpoint_every=100, resume=True)) == 0
+    assert (
+        loop.main(
+            arguments(
+                tiny_world, tmp_path, strategy="source-only", checkpoint_every=100, resume=True
+            )
+        )
+        == 0
+    )
     assert [line["step"] for line in metric_lines(tmp_path)] == [2, 4, 6, 8]
 
 
@@ -608,6 +770,7 @@ def test_help_groups_the_options(capsys):
         loop.main(["--help"])
     out = capsys.readouterr().out
     assert all(
-        f"{group}:" in out for group in ("run", "network", "schedule", "queries", "RIPU losses", "CBDA", "evaluation")
+        f"{group}:" in out
+        for group in ("run", "network", "schedule", "queries", "RIPU losses", "CBDA", "evaluation")
     )
     assert "this project's formula" in " ".join(out.split())

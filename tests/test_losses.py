@@ -14,7 +14,9 @@ GOLDEN = Path(__file__).parent / "golden"
 def close(found, expected, tolerance, what=""):
     gap = (torch.as_tensor(found).double() - torch.as_tensor(expected).double()).abs()
     print(f"{what}: max gap {gap.max():.2e}, mean {gap.mean():.2e}")
-    assert gap.max() <= tolerance, f"{what}: max gap {gap.max():.3e} mean {gap.mean():.3e}, allowed {tolerance}"
+    assert gap.max() <= tolerance, (
+        f"{what}: max gap {gap.max():.3e} mean {gap.mean():.3e}, allowed {tolerance}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,9 @@ def golden():
 
 @pytest.fixture
 def inputs(golden):
-    return torch.from_numpy(golden["logits"].astype(np.float32)).requires_grad_(), torch.from_numpy(golden["labels"])
+    return torch.from_numpy(golden["logits"].astype(np.float32)).requires_grad_(), torch.from_numpy(
+        golden["labels"]
+    )
 
 
 @pytest.mark.parametrize("distance", ["l1", "kl"])
@@ -32,18 +36,24 @@ def test_local_consistency_equals_the_recorded_official_one(golden, inputs, dist
     logits, labels = inputs
     loss = L.local_consistency(logits, labels, boundary_only=True, distance=distance)
     (gradient,) = torch.autograd.grad(loss, logits)
-    close(loss.item(), golden[f"loss_{distance}"], 2e-6, distance)  # the official KL adds 1e-6 in its logarithms
+    close(
+        loss.item(), golden[f"loss_{distance}"], 2e-6, distance
+    )  # the official KL adds 1e-6 in its logarithms
     close(gradient, golden[f"grad_{distance}"], 1e-9, f"gradient {distance}")
     assert torch.equal(L.label_boundary(labels), torch.from_numpy(golden["boundary_mask"]))
     all5 = torch.full((1, *labels.shape[1:]), 5, dtype=torch.uint8)
-    assert torch.equal(L.label_boundary(all5)[0], torch.from_numpy(golden["boundary_all5_label"])[0])
+    assert torch.equal(
+        L.label_boundary(all5)[0], torch.from_numpy(golden["boundary_all5_label"])[0]
+    )
 
 
 def test_negative_learning_equals_the_recorded_official_one(golden, inputs):
     logits, _ = inputs
     loss = L.negative_learning(logits.softmax(1))
     (gradient,) = torch.autograd.grad(loss, logits)
-    close(loss.item(), golden["neg_loss"], 2e-6, "negative")  # the official code adds 1e-6 in the logarithm
+    close(
+        loss.item(), golden["neg_loss"], 2e-6, "negative"
+    )  # the official code adds 1e-6 in the logarithm
     close(gradient, golden["neg_grad"], 1e-9, "gradient")
 
 
@@ -73,7 +83,9 @@ def test_empty_masks_give_zero_with_zero_gradient(inputs):
     nothing = torch.full_like(labels, 255)
     for loss in (
         L.cross_entropy(logits, nothing),
-        L.local_consistency(logits, torch.zeros_like(labels), boundary_only=True),  # the official code gives NaN here
+        L.local_consistency(
+            logits, torch.zeros_like(labels), boundary_only=True
+        ),  # the official code gives NaN here
         L.local_consistency(logits, nothing, boundary_only=True),
         L.negative_learning(logits.softmax(1), threshold=0.0),
     ):

@@ -11,19 +11,29 @@ from alda.selftraining import COPY_PASTE_CLASSES, ImageBank
 from alda.settings import settings_for
 from alda.stal import Stal
 
-SIZES = {"source_size": "128x64", "target_size": "128x64", "crop": "128x64", "scale": "1,1", "workers": 0}
+SIZES = {
+    "source_size": "128x64",
+    "target_size": "128x64",
+    "crop": "128x64",
+    "scale": "1,1",
+    "workers": 0,
+}
 
 
 def partners_of(world, **changes):
     s = settings_for({"strategy": "stal", **SIZES, **changes})
-    return Partners(s, open_dataset("gta5", world), open_dataset("cityscapes", world), torch.device("cpu"))
+    return Partners(
+        s, open_dataset("gta5", world), open_dataset("cityscapes", world), torch.device("cpu")
+    )
 
 
 def bank_of(world):
     """A bank that knows the true shares of the target images."""
     target = open_dataset("cityscapes", world)
     bank = ImageBank(19, len(target))
-    bank.update(torch.arange(len(target)), torch.stack([target.labels(i) for i in range(len(target))]))
+    bank.update(
+        torch.arange(len(target)), torch.stack([target.labels(i) for i in range(len(target))])
+    )
     return bank
 
 
@@ -45,11 +55,18 @@ def test_partners_hold_the_class_that_was_drawn(tiny_world):
     held = {c for c in range(19) if (bank.share[c] >= 1e-4).any()}
     seen = set()
     for others in found[2:]:
-        assert others[PASTE].images.shape == (3, 3, 64, 128) and others[PASTE].labels.dtype == torch.uint8
+        assert (
+            others[PASTE].images.shape == (3, 3, 64, 128)
+            and others[PASTE].labels.dtype == torch.uint8
+        )
         for c, labels in zip(others[PASTE].classes.tolist(), others[PASTE].labels, strict=True):
             assert c in COPY_PASTE_CLASSES and (partners.presence[:, c]).any()
             seen.add(c)
-            full = [i for i in np.flatnonzero(partners.presence[:, c]) if _same(partners, PASTE, i, labels)]
+            full = [
+                i
+                for i in np.flatnonzero(partners.presence[:, c])
+                if _same(partners, PASTE, i, labels)
+            ]
             assert full, f"no source image with class {c} has these labels"
         for c, labels in zip(others[CUT].classes.tolist(), others[CUT].labels, strict=True):
             images = [i for i in range(len(target)) if _same(partners, CUT, i, labels)]
@@ -59,7 +76,9 @@ def test_partners_hold_the_class_that_was_drawn(tiny_world):
 
 def _same(partners, kind, index, labels):
     """Whether these training labels are those of the image `index`, mirrored or not."""
-    own = partners.views[kind][0, int(index)][1]  # with 254 where the truth of a target image says nothing
+    own = partners.views[kind][0, int(index)][
+        1
+    ]  # with 254 where the truth of a target image says nothing
     return torch.equal(own, labels) or torch.equal(own.flip(-1), labels)
 
 
@@ -104,14 +123,20 @@ def test_a_resumed_run_mixes_the_same_images(tiny_world):
 )
 def test_parts_can_be_left_out(switches, kinds, tiny_world):
     partners = partners_of(tiny_world, **switches)
-    assert [list(others) for others in walk(partners, bank_of(tiny_world), range(3))] == [[], [], kinds]
+    assert [list(others) for others in walk(partners, bank_of(tiny_world), range(3))] == [
+        [],
+        [],
+        kinds,
+    ]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_drawing_does_not_wait_for_the_device(tiny_world):
     s = settings_for({"strategy": "stal", **SIZES})
     device = torch.device("cuda")
-    partners = Partners(s, open_dataset("gta5", tiny_world), open_dataset("cityscapes", tiny_world), device)
+    partners = Partners(
+        s, open_dataset("gta5", tiny_world), open_dataset("cityscapes", tiny_world), device
+    )
     bank, generator = ImageBank(19, 6, device), torch.Generator(device).manual_seed(0)
     confidence = torch.zeros(19, device=device)
     for step in range(4):
@@ -138,15 +163,24 @@ def test_what_a_crop_adds_is_no_class(tiny_world, tmp_path):
     s = settings_for({"strategy": "stal", "copy_paste": False, **given})
     run = Run(s, tmp_path, torch.device("cpu"))
     system = Stal(s, run, open_dataset("gta5", tiny_world), open_dataset("cityscapes", tiny_world))
-    images, labels = torch.randn(2, 3, 64, 128), torch.randint(0, 19, (2, 64, 128), dtype=torch.uint8)
+    images, labels = (
+        torch.randn(2, 3, 64, 128),
+        torch.randint(0, 19, (2, 64, 128), dtype=torch.uint8),
+    )
     truth = torch.randint(0, 19, (2, 64, 128), dtype=torch.uint8)
     truth[:, :10], truth[:, 32:] = NO_TRUTH, 255  # the lower half is padding
     seen = []
-    system.consistency = lambda logits, pseudo, prob, generator: seen.append(pseudo) or logits.sum() * 0
+    system.consistency = lambda logits, pseudo, prob, generator: (
+        seen.append(pseudo) or logits.sum() * 0
+    )
     batch = [images, labels, torch.randn(2, 3, 64, 128), truth, torch.tensor([1, 4])]
     _, health = system.losses(batch, {}, system.generator(0), 0.5)
     assert (seen[0][:, 32:] == 255).all()
-    assert float(health["kept"]) == pytest.approx(0.9, abs=0.01)  # 10 % are dropped half-way, of the pixels inside
+    assert float(health["kept"]) == pytest.approx(
+        0.9, abs=0.01
+    )  # 10 % are dropped half-way, of the pixels inside
     torch.testing.assert_close(system.images.share.sum(0), torch.tensor([0, 0.5, 0, 0, 0.5, 0]))
     known = (seen[0] != 255) & (truth < 19)
-    assert float(health["accuracy"]) == pytest.approx(((seen[0] == truth) & known).sum() / known.sum())
+    assert float(health["accuracy"]) == pytest.approx(
+        ((seen[0] == truth) & known).sum() / known.sum()
+    )

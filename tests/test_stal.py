@@ -19,14 +19,18 @@ GOLDEN = Path(__file__).parent / "golden"
 def close(found, expected, tolerance, what=""):
     gap = (torch.as_tensor(found).double() - torch.as_tensor(expected).double()).abs()
     print(f"{what}: max gap {gap.max():.2e}, mean {gap.mean():.2e}")
-    assert gap.max() <= tolerance, f"{what}: max gap {gap.max():.3e} mean {gap.mean():.3e}, allowed {tolerance}"
+    assert gap.max() <= tolerance, (
+        f"{what}: max gap {gap.max():.3e} mean {gap.mean():.3e}, allowed {tolerance}"
+    )
 
 
 def recorded(name):
     """A golden file as tensors; float16 ones are exact inputs and become float32."""
     arrays = np.load(GOLDEN / f"stal_{name}.npz")
     return {
-        k: torch.from_numpy(np.asarray(arrays[k], np.float32 if arrays[k].dtype == np.float16 else arrays[k].dtype))
+        k: torch.from_numpy(
+            np.asarray(arrays[k], np.float32 if arrays[k].dtype == np.float16 else arrays[k].dtype)
+        )
         for k in arrays.files
         if arrays[k].dtype.kind in "fiub"
     }
@@ -56,7 +60,10 @@ def test_ohem_equals_the_recorded_official_one(min_kept):
 
 def test_ohem_with_the_auxiliary_head_equals_the_recorded_one():
     g = recorded("ohem")
-    main, aux = (L.ohem_cross_entropy(g[name], g["labels"], min_kept=250) for name in ("logits", "aux_logits"))
+    main, aux = (
+        L.ohem_cross_entropy(g[name], g["labels"], min_kept=250)
+        for name in ("logits", "aux_logits")
+    )
     close(main + 0.4 * aux, g["ohem_with_aux04"], 1e-6, "OHEM + 0.4 auxiliary")
     main, aux = (L.cross_entropy(g[name], g["labels"]) for name in ("logits", "aux_logits"))
     close(main + 0.4 * aux, g["plain_ce_aux04"], 1e-6, "the ablation without OHEM")
@@ -73,7 +80,9 @@ def test_ohem_without_a_minimum_still_mines_and_without_labels_is_zero():
         1e-5,
         "min_kept=0: the threshold alone",
     )
-    assert abs(L.ohem_cross_entropy(logits, labels, min_kept=0) - g["ohem_loss_mk0"]) > 0.01  # S9: plain CE there
+    assert (
+        abs(L.ohem_cross_entropy(logits, labels, min_kept=0) - g["ohem_loss_mk0"]) > 0.01
+    )  # S9: plain CE there
     nothing = L.ohem_cross_entropy(logits, torch.full_like(labels, 255), min_kept=500)
     assert g["ohem_all_ignored_mk500"].isnan() and nothing == 0  # S9
     assert torch.autograd.grad(nothing, logits)[0].abs().max() == 0
@@ -92,10 +101,14 @@ def test_weighted_consistency_equals_the_recorded_one_but_for_ignored_pixels():
         (g["sample_map"], 2, "sample_gamma2"),
     ):
         weight = conf**gamma if keep is None else conf**gamma * keep
-        share = (weight * known).sum() / weight.sum()  # what the official denominator loses to ignored pixels (S7)
+        share = (
+            weight * known
+        ).sum() / weight.sum()  # what the official denominator loses to ignored pixels (S7)
         loss = L.weighted_consistency(logits, labels, conf, gamma, keep)
         close(loss.item() * share, g[f"loss_{name}"], 2e-6, name)
-        assert loss > 1.2 * g[f"loss_{name}"]  # the bug: 29 % ignored pixels made the loss as much smaller
+        assert (
+            loss > 1.2 * g[f"loss_{name}"]
+        )  # the bug: 29 % ignored pixels made the loss as much smaller
         if gamma == 2:
             (gradient,) = torch.autograd.grad(loss, logits)
             close(gradient * share, g[f"grad_{name}"], 1e-8, f"gradient {name}")
@@ -104,8 +117,18 @@ def test_weighted_consistency_equals_the_recorded_one_but_for_ignored_pixels():
 def test_consistency_without_weights_is_the_papers_mean_and_nothing_kept_is_zero():
     g = recorded("criterion_cons")
     logits, labels, conf = g["student_logits"], g["teacher_label"], g["conf"]
-    close(L.weighted_consistency(logits, labels, conf, gamma=0), L.cross_entropy(logits, labels), 1e-6, "gamma 0")
-    assert L.weighted_consistency(logits, labels, conf, keep=torch.zeros_like(labels, dtype=torch.bool)) == 0
+    close(
+        L.weighted_consistency(logits, labels, conf, gamma=0),
+        L.cross_entropy(logits, labels),
+        1e-6,
+        "gamma 0",
+    )
+    assert (
+        L.weighted_consistency(
+            logits, labels, conf, keep=torch.zeros_like(labels, dtype=torch.bool)
+        )
+        == 0
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- memory bank
@@ -114,7 +137,8 @@ def test_consistency_without_weights_is_the_papers_mean_and_nothing_kept_is_zero
 def contents(bank):
     """The bank's keys of each class, oldest first."""
     return [
-        bank.draw(c, (torch.arange(n) + 0.5) / n) if n else bank.keys[:0] for c, n in enumerate(bank.count.tolist())
+        bank.draw(c, (torch.arange(n) + 0.5) / n) if n else bank.keys[:0]
+        for c, n in enumerate(bank.count.tolist())
     ]
 
 
@@ -123,17 +147,25 @@ def test_the_bank_is_a_queue_that_wraps_around_and_never_grows():
     state = torch.get_rng_state()
     storage = bank.keys.data_ptr(), bank.keys.numel()
     for _ in range(20):
-        keys, number = torch.randn(3, 4, 2, generator=generator), torch.randint(0, 5, (3,), generator=generator)
+        keys, number = (
+            torch.randn(3, 4, 2, generator=generator),
+            torch.randint(0, 5, (3,), generator=generator),
+        )
         bank.add(keys, number)
         for c, size in enumerate((7, 5, 5)):
             lists[c] = (lists[c] + keys[c, : number[c]].tolist())[-size:]
         assert [k.tolist() for k in contents(bank)] == lists
-    assert (bank.keys.data_ptr(), bank.keys.numel()) == storage and torch.equal(state, torch.get_rng_state())
+    assert (bank.keys.data_ptr(), bank.keys.numel()) == storage and torch.equal(
+        state, torch.get_rng_state()
+    )
     copy = L.MemoryBank(3, 2, size=5, first=7)
     copy.load_state_dict({k: v.clone() for k, v in bank.state_dict().items()})
     for each in (bank, copy):
         each.add(torch.ones(3, 4, 2), torch.tensor([1, 0, 4]))
-    assert all(torch.equal(a, b) for a, b in zip(bank.state_dict().values(), copy.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(bank.state_dict().values(), copy.state_dict().values(), strict=True)
+    )
     with pytest.raises(ValueError, match="other settings"):
         L.MemoryBank(3, 2, size=4, first=7).load_state_dict(bank.state_dict())
     with pytest.raises(ValueError, match="room for 5"):
@@ -142,11 +174,15 @@ def test_the_bank_is_a_queue_that_wraps_around_and_never_grows():
 
 def _scene():
     generator = seeded(7)
-    return torch.rand(2, 4, 5, 6, generator=generator).softmax(1), torch.randint(0, 3, (2, 5, 6), generator=generator)
+    return torch.rand(2, 4, 5, 6, generator=generator).softmax(1), torch.randint(
+        0, 3, (2, 5, 6), generator=generator
+    )
 
 
 def _add_in_two(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
     bank = L.MemoryBank(2, 3, size=5, first=5)
     for step in range(3):
         keys = torch.randn(2, 4, 3, generator=seeded(10 * step + rank))
@@ -159,7 +195,9 @@ def _add_in_two(rank, folder):
 
 def test_two_processes_hold_the_same_banks_in_the_order_of_ranks(tmp_path):
     # forked, not spawned: children that import torch anew take 10 s on a busy machine
-    torch.multiprocessing.start_processes(_add_in_two, (str(tmp_path),), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(
+        _add_in_two, (str(tmp_path),), nprocs=2, start_method="fork"
+    )
     alone = L.MemoryBank(2, 3, size=5, first=5)
     for step in range(3):
         for rank in (0, 1):
@@ -197,7 +235,10 @@ def contrast_case(name):
 def as_uniform(g, step, number):
     """The recorded torch.randint values as the uniform numbers that lead to the same draws."""
     parts = g[f"s{step}_randint_values"].long().split(g[f"s{step}_randint_len"].tolist())
-    u = [(part + 0.5) / high for part, high in zip(parts, g[f"s{step}_randint_high"].tolist(), strict=True)]
+    u = [
+        (part + 0.5) / high
+        for part, high in zip(parts, g[f"s{step}_randint_high"].tolist(), strict=True)
+    ]
     return torch.stack(u[0::2]), torch.stack(u[1::2]).view(number, 32, 10)
 
 
@@ -216,7 +257,9 @@ def official_negatives(g, prob, labels, unreliable):
 @pytest.mark.parametrize("name", ["dense5", "dense5_confweight"])
 def test_the_contrastive_loss_equals_the_recorded_one_where_all_classes_are_present(name):
     g, bank, prob, labels, unreliable, (members, anchors, _) = contrast_case(name)
-    negatives = official_negatives(g, prob, labels, unreliable)  # S4's keys, so that the same bank is drawn from
+    negatives = official_negatives(
+        g, prob, labels, unreliable
+    )  # S4's keys, so that the same bank is drawn from
     weight = prob.amax(1) if g["conf_weight"] else None
     for step in range(int(g["steps"])):
         assert negatives.sum(1).tolist() == g[f"s{step}_new_keys"].tolist()
@@ -247,13 +290,17 @@ def test_each_class_has_the_sets_of_the_papers_definition(name):
                 slow[1, label, at] = p[label] > 0.3
             for c in range(len(p)):
                 if unreliable[n].flatten()[i]:
-                    slow[2, c, at] = (label != c and c in order[:low]) if n == 0 else c in order[low:high]
+                    slow[2, c, at] = (
+                        (label != c and c in order[:low]) if n == 0 else c in order[low:high]
+                    )
     for found, expected in zip((members, anchors, negatives), slow, strict=True):
         assert torch.equal(found, expected)
     official = official_negatives(g, prob, labels, unreliable)
     present = members.any(1)
     assert official.sum(1)[present].tolist() == g["s0_new_keys"][present].tolist()
-    print(f"{name}: negatives a step {negatives.sum(1).tolist()}, official {g['s0_new_keys'].tolist()}")
+    print(
+        f"{name}: negatives a step {negatives.sum(1).tolist()}, official {g['s0_new_keys'].tolist()}"
+    )
     assert negatives[:, pixels:].sum() > 2 * official.sum()  # S4
     assert negatives[:, :pixels].any() and not official[:, :pixels].any()  # S3
 
@@ -263,11 +310,20 @@ def test_an_absent_class_shifts_nothing():
     g, bank, *_, (members, anchors, negatives) = contrast_case("gap5")
     assert members.any(1).tolist() == [True, False, True, True, True]
     highs = g["s0_randint_high"][0::2].tolist()
-    assert highs == anchors.sum(1)[[0, 2, 3]].tolist()  # class 4, the last one present, is never an anchor there
-    assert g["s0_randint_high"][1::2].tolist() == g["s0_bank_count"][[0, 3, 4]].tolist()  # negatives of the next class
+    assert (
+        highs == anchors.sum(1)[[0, 2, 3]].tolist()
+    )  # class 4, the last one present, is never an anchor there
+    assert (
+        g["s0_randint_high"][1::2].tolist() == g["s0_bank_count"][[0, 3, 4]].tolist()
+    )  # negatives of the next class
     features = g["s0_rep"].clone().requires_grad_()
     loss = L.contrastive(
-        features, g["s0_rep_teacher"], (members, anchors, negatives), bank, anchors=32, generator=seeded()
+        features,
+        g["s0_rep_teacher"],
+        (members, anchors, negatives),
+        bank,
+        anchors=32,
+        generator=seeded(),
     )
     (gradient,) = torch.autograd.grad(loss, features)
     touched = gradient.abs().sum(1).flatten() > 0
@@ -291,13 +347,18 @@ def test_contrastive_equals_a_slow_loop_and_thins_surplus_keys_evenly():
     for c in range(3):
         found = sets[2][c].nonzero()[:, 0]
         entries = (
-            flat_teacher[found[[j * len(found) // 11 for j in range(11)]]] if len(found) > 11 else flat_teacher[found]
+            flat_teacher[found[[j * len(found) // 11 for j in range(11)]]]
+            if len(found) > 11
+            else flat_teacher[found]
         )
         pool, centre = sets[1][c].nonzero()[:, 0], flat_teacher[sets[0][c]].mean(0)
         for a in range(7):
             z = flat[pool[int(draws[0][c, a] * len(pool))]]
             up = torch.exp(cosine(z, centre, dim=0) / 0.3)
-            down = sum(torch.exp(cosine(z, entries[int(v * len(entries))], dim=0) / 0.3) for v in draws[1][c, a])
+            down = sum(
+                torch.exp(cosine(z, entries[int(v * len(entries))], dim=0) / 0.3)
+                for v in draws[1][c, a]
+            )
             total += -torch.log(up / (up + down)) / 7
     close(loss, total / 3, 1e-6, "slow loop")
 
@@ -354,7 +415,9 @@ def test_pseudo_labels_by_the_codes_rule_and_masks_equal_the_recorded_ones(epoch
     close(S.percentile(uncertainty, drop)[0], g[f"thresh_ep{epoch}"], 1e-6, "threshold")
     labels = S.reliable_pseudo_labels(prob, drop, rules="code")
     assert torch.equal(labels, g[f"pseudo_ep{epoch}"])
-    small, reliable, unreliable = S.contrastive_masks(g["labels_sup"], labels, uncertainty, (17, 17))
+    small, reliable, unreliable = S.contrastive_masks(
+        g["labels_sup"], labels, uncertainty, (17, 17)
+    )
     assert torch.equal(small, torch.cat([g["label_l_small"], g[f"label_u_small_ep{epoch}"]]))
     assert torch.equal(reliable & (small != 255), g[f"low_mask_all_ep{epoch}"][:, 0])
     assert torch.equal(unreliable, g[f"high_mask_all_ep{epoch}"][:, 0])
@@ -369,13 +432,21 @@ def test_the_papers_rule_drops_the_most_uncertain_share_the_codes_the_most_certa
     prob = (3 * torch.randn(2, 19, 15, 20, generator=seeded(1))).softmax(1)
     H = -(prob.double() * prob.double().log()).sum(1)
     order = H.flatten().argsort()
-    for drop, rules in ((0.2, "paper"), (0.07, "paper"), (0.0, "paper"), (0.2, "code"), (0.0, "code")):
+    for drop, rules in (
+        (0.2, "paper"),
+        (0.07, "paper"),
+        (0.0, "paper"),
+        (0.2, "code"),
+        (0.0, "code"),
+    ):
         labels = S.reliable_pseudo_labels(prob, drop, rules).flatten()
         n = round(600 * drop)
         dropped = order[600 - n :] if rules == "paper" else order[:n]
         expected = prob.argmax(1).flatten().index_fill(0, dropped, 255)
         assert torch.equal(labels.long(), expected), (drop, rules)
-    assert torch.equal(S.reliable_pseudo_labels(prob[0], 0.2), S.reliable_pseudo_labels(prob[:1], 0.2)[0])
+    assert torch.equal(
+        S.reliable_pseudo_labels(prob[0], 0.2), S.reliable_pseudo_labels(prob[:1], 0.2)[0]
+    )
     with pytest.raises(ValueError, match=r"\[0,1\]"):
         S.reliable_pseudo_labels(prob, 20)
 
@@ -389,7 +460,12 @@ def test_padding_is_not_counted():
     assert torch.equal(labels[:, :, :6], S.reliable_pseudo_labels(prob[..., :6], 0.3))
     values = torch.randn(501, generator=seeded(2))
     for share in (0.0, 0.2, 0.37, 0.8, 1.0):
-        close(S.percentile(values, share)[0], np.percentile(values.numpy(), 100 * share), 1e-6, f"percentile {share}")
+        close(
+            S.percentile(values, share)[0],
+            np.percentile(values.numpy(), 100 * share),
+            1e-6,
+            f"percentile {share}",
+        )
 
 
 # -------------------------------------------------------------------------------------------------- confidence of classes
@@ -428,14 +504,19 @@ def test_classes_and_images_are_drawn_as_recorded():
     bank = S.ImageBank(*g["bank"].shape)
     bank.share = g["bank"].float()
     chances = S.class_chances(g["class_criterion_after"][0])
-    numpy_state, python_state = np.random.RandomState(int(g["sample_np_seed"])), random.Random(int(g["sample_py_seed"]))
+    numpy_state, python_state = (
+        np.random.RandomState(int(g["sample_np_seed"])),
+        random.Random(int(g["sample_py_seed"])),
+    )
     for c, image in g["samples_class_then_img"].tolist():
         holds = g["bank"][c].nonzero()[:, 0].tolist()
         u = torch.tensor([numpy_state.random_sample(), 0.0], dtype=torch.float64)
         u[1] = (python_state.choice(range(len(holds))) + 0.5) / len(holds)
         assert [int(x) for x in bank.draw(chances, u)] == [c, image]
     nowhere = S.ImageBank(19, 23)
-    assert {int(nowhere.draw(chances, torch.tensor([0.5, (i + 0.5) / 23]))[1]) for i in range(23)} == set(range(23))
+    assert {
+        int(nowhere.draw(chances, torch.tensor([0.5, (i + 0.5) / 23]))[1]) for i in range(23)
+    } == set(range(23))
 
 
 def test_the_keep_rate_equals_the_recorded_sample():
@@ -464,14 +545,25 @@ def test_what_is_pasted_carries_train_ids(tiny_world, name):
     image, labels = dataset[0]
     small = resize_labels(labels, (20, 40))
     present = set(small.unique().tolist())
-    assert present <= set(labels.unique().tolist()) and present <= {*CLASS_SETS["19" if name == "gta5" else "16"], 255}
+    assert present <= set(labels.unique().tolist()) and present <= {
+        *CLASS_SETS["19" if name == "gta5" else "16"],
+        255,
+    }
     pixels = resize_image(image, (20, 40)).float()[None]
     road = torch.tensor([NAMES.index("road"), NAMES.index("car")])
     images, mixed = S.copy_paste(
-        torch.zeros_like(pixels), torch.full((1, 20, 40), 10, dtype=torch.uint8), pixels, small[None], road
+        torch.zeros_like(pixels),
+        torch.full((1, 20, 40), 10, dtype=torch.uint8),
+        pixels,
+        small[None],
+        road,
     )
     there = torch.isin(small, road.to(torch.uint8))
-    assert there.any() and torch.equal(mixed[0], torch.where(there, small, 10)) and not images[0][:, ~there].any()
+    assert (
+        there.any()
+        and torch.equal(mixed[0], torch.where(there, small, 10))
+        and not images[0][:, ~there].any()
+    )
 
 
 def test_the_image_bank_equals_the_recorded_one():
@@ -504,12 +596,19 @@ def test_boxes_equal_the_recorded_ones_given_the_component():
     g = recorded("mixing")
     prediction = g["mask_pred"]
     for case, draws, order in zip(
-        g["mask_cases"].tolist(), g["mask_uniform_draws"], g["mask_component_order"].tolist(), strict=True
+        g["mask_cases"].tolist(),
+        g["mask_uniform_draws"],
+        g["mask_component_order"].tolist(),
+        strict=True,
     ):
         c, no_pad, _, thousandths, _, *box = case
         least, places = thousandths / 1000, (prediction == c).nonzero().tolist()
         patches = components(prediction == c)
-        chosen = [patches[i - 1] for i in order if i > 0 and len(patches[i - 1]) > least * prediction.numel()]
+        chosen = [
+            patches[i - 1]
+            for i in order
+            if i > 0 and len(patches[i - 1]) > least * prediction.numel()
+        ]
         seed = (places.index(list(min(chosen[0]))) + 0.5) / len(places) if chosen else 0.5
         u = torch.tensor([seed, *draws[1:4]])
         if no_pad:  # otherwise the official code resizes the box by draws of its own: checked below
@@ -537,19 +636,31 @@ def test_a_class_that_fills_the_image_and_oblong_images_have_boxes_of_half_the_i
     for shape, fill in (((33, 80), 4), ((80, 33), 9)):  # S19: 4 is everywhere, 9 nowhere
         prediction = torch.full(shape, 4)
         for seed in range(20):
-            y0, x0, y1, x1 = S.class_box(prediction, fill, torch.rand(4, generator=seeded(seed))).tolist()
-            assert 0 <= y0 < y1 <= shape[0] and 0 <= x0 < x1 <= shape[1] and abs((y1 - y0) * (x1 - x0) - 1320) <= 60
+            y0, x0, y1, x1 = S.class_box(
+                prediction, fill, torch.rand(4, generator=seeded(seed))
+            ).tolist()
+            assert (
+                0 <= y0 < y1 <= shape[0]
+                and 0 <= x0 < x1 <= shape[1]
+                and abs((y1 - y0) * (x1 - x0) - 1320) <= 60
+            )
     whole = torch.full((40, 40), 4)
     whole[:3] = 1
     y0, x0, y1, x1 = S.class_box(whole, 4, torch.tensor([0.1, 0.5, 0.0, 1.0]), stride=1).tolist()
-    assert y0 == 3 and x1 == 40 and abs((y1 - y0) * (x1 - x0) - 800) <= 40  # a large patch's box is cut from within
+    assert (
+        y0 == 3 and x1 == 40 and abs((y1 - y0) * (x1 - x0) - 800) <= 40
+    )  # a large patch's box is cut from within
 
 
 def test_cutmix_pastes_the_box_of_every_image():
     own, other = torch.zeros(3, 2, 6, 7), torch.ones(3, 2, 6, 7)
     boxes = torch.tensor([[0, 0, 2, 3], [1, 2, 6, 7], [3, 3, 3, 7]])
     assert S.cutmix(own, other, boxes).sum((1, 2, 3)).tolist() == [12, 50, 0]
-    assert S.cutmix(own[:, 0].to(torch.uint8), other[:, 0].to(torch.uint8), boxes)[0, :2, :3].eq(1).all()
+    assert (
+        S.cutmix(own[:, 0].to(torch.uint8), other[:, 0].to(torch.uint8), boxes)[0, :2, :3]
+        .eq(1)
+        .all()
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- queries
@@ -567,18 +678,35 @@ def test_quotas_are_in_proportion_and_sum_to_the_count():
     g = recorded("image_score_quota")
     for count, *row in g["city_quota_table"].tolist():
         first, official = row[:18], row[18:]
-        remaining = {i: n - f for i, (n, f) in enumerate(zip(g["city_sizes"].tolist(), first, strict=True))}
+        remaining = {
+            i: n - f for i, (n, f) in enumerate(zip(g["city_sizes"].tolist(), first, strict=True))
+        }
         quotas = A.split_by_group(remaining, count)
         share = [count * n / sum(remaining.values()) for n in remaining.values()]
-        ours, theirs = (max(abs(q - s) for q, s in zip(qs, share, strict=True)) for qs in (quotas.values(), official))
+        ours, theirs = (
+            max(abs(q - s) for q, s in zip(qs, share, strict=True))
+            for qs in (quotas.values(), official)
+        )
         differing = sum(a != b for a, b in zip(quotas.values(), official, strict=True))
-        print(f"{count}: furthest from the share {ours:.2f}, official {theirs:.2f}; {differing} of 18 cities differ")
+        print(
+            f"{count}: furthest from the share {ours:.2f}, official {theirs:.2f}; {differing} of 18 cities differ"
+        )
         assert sum(quotas.values()) == count and ours < 1
         if count == 7:
-            assert official[-1] == 4 and quotas[17] <= 1  # S17: zurich is given all that rounding lost
-    assert A.split_by_group({"fog": 3, "night": 0, "rain": 1}, 4) == {"fog": 3, "night": 0, "rain": 1}
+            assert (
+                official[-1] == 4 and quotas[17] <= 1
+            )  # S17: zurich is given all that rounding lost
+    assert A.split_by_group({"fog": 3, "night": 0, "rain": 1}, 4) == {
+        "fog": 3,
+        "night": 0,
+        "rain": 1,
+    }
     assert A.split_by_group({"a": 5, "b": 5, "c": 5}, 4) == {"a": 2, "b": 1, "c": 1}
-    assert A.split_by_group({"a": 9, "b": 1, "c": 5}, 5) == {"a": 3, "b": 0, "c": 2}  # shares 3, 1/3 and 5/3
+    assert A.split_by_group({"a": 9, "b": 1, "c": 5}, 5) == {
+        "a": 3,
+        "b": 0,
+        "c": 2,
+    }  # shares 3, 1/3 and 5/3
     assert A.split_by_group({}, 0) == {}
     with pytest.raises(ValueError, match="at most as many"):
         A.split_by_group({"a": 1}, 2)
@@ -590,29 +718,53 @@ def test_quotas_are_in_proportion_and_sum_to_the_count():
 class NoWaiting(TorchDispatchMode):
     """Fails on every operator whose result's size or value a GPU would have to tell the host first."""
 
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "bincount", "equal", "item")
+    FORBIDDEN = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "is_nonzero",
+        "bincount",
+        "equal",
+        "item",
+    )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         assert not any(name == bad or name.startswith("_" + bad) for bad in self.FORBIDDEN), name
         if name in ("index", "index_put_", "index_put"):
-            assert all(i is None or i.dtype not in (torch.bool, torch.uint8) for i in args[1]), "indexed by a mask"
+            assert all(i is None or i.dtype not in (torch.bool, torch.uint8) for i in args[1]), (
+                "indexed by a mask"
+            )
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+        ),
+    ],
 )
 def test_no_part_of_a_step_waits_for_the_device(device):
     g = {k: v.to(device) for k, v in recorded("pseudo_masks").items()}
-    prob_l, prob_u, labels = g["preds_teacher_sup"].softmax(1), g["preds_teacher_unsup"].softmax(1), g["labels_sup"]
+    prob_l, prob_u, labels = (
+        g["preds_teacher_sup"].softmax(1),
+        g["preds_teacher_unsup"].softmax(1),
+        g["labels_sup"],
+    )
     logits, features = (
         g["preds_teacher_unsup"].requires_grad_(),
         torch.randn(2, 8, 17, 17, device=device).requires_grad_(),
     )
     bank = L.MemoryBank(19, 8, size=60, first=100, device=device)
     confidence, images = S.ConfidenceBank(19, device=device), S.ImageBank(19, 5, device=device)
-    index, counts = torch.tensor([3], device=device), torch.ones(1, 65, 65, dtype=torch.bool, device=device)
+    index, counts = (
+        torch.tensor([3], device=device),
+        torch.ones(1, 65, 65, dtype=torch.bool, device=device),
+    )
     generator = torch.Generator(device).manual_seed(0)
     for waits in (lambda: labels[labels != 255], lambda: labels.sum().item()):
         with pytest.raises(AssertionError), NoWaiting():
@@ -621,7 +773,9 @@ def test_no_part_of_a_step_waits_for_the_device(device):
     def step():
         for drop in (0.2, 0.0):
             pseudo = S.reliable_pseudo_labels(prob_u, drop, counts=counts)
-        small, reliable, unreliable = S.contrastive_masks(labels, pseudo, S.entropy(prob_u), (17, 17))
+        small, reliable, unreliable = S.contrastive_masks(
+            labels, pseudo, S.entropy(prob_u), (17, 17)
+        )
         prob = torch.nn.functional.interpolate(torch.cat([prob_l, prob_u]), size=(17, 17))
         sets = L.contrastive_sets(prob, small, reliable, unreliable, labelled=1)
         confidence.update(prob_l, labels)
@@ -636,7 +790,10 @@ def test_no_part_of_a_step_waits_for_the_device(device):
         loss = (
             L.ohem_cross_entropy(logits, labels, min_kept=1000)
             + L.weighted_consistency(logits, pseudo, prob_u.amax(1), keep=keep)
-            + 0.1 * L.contrastive(features, features * 2, sets, bank, anchors=32, negatives=10, generator=generator)
+            + 0.1
+            * L.contrastive(
+                features, features * 2, sets, bank, anchors=32, negatives=10, generator=generator
+            )
         )
         loss.backward()
         return loss

@@ -9,9 +9,8 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
-from alda import toy
+from alda import InputError, toy
 from alda.datasets import CLASSES, IGNORE, NAMES, SYNTHIA_16, open_dataset, read_label
-from alda.errors import InputError
 
 TINY = {"gta5": 2, "synthia": 2, "train": 2, "val": 1}
 MIDDLE = {"gta5": 50, "synthia": 40, "train": 48, "val": 24}
@@ -31,14 +30,18 @@ def pixels(world):
     counts = {}
     for key, (name, split) in names.items():
         data = open_dataset(name, world, split)
-        counts[key] = np.stack([np.bincount(data.labels(i).numpy().ravel(), minlength=256) for i in range(len(data))])
+        counts[key] = np.stack(
+            [np.bincount(data.labels(i).numpy().ravel(), minlength=256) for i in range(len(data))]
+        )
     return counts
 
 
 def digest(root):
     """One hash for each file below root, by its path."""
     return {
-        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in root.rglob("*") if p.is_file()
+        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in root.rglob("*")
+        if p.is_file()
     }
 
 
@@ -58,20 +61,31 @@ def test_a_picture_does_not_depend_on_what_was_drawn_before():
     toy.picture("gta5", 0, 1, (256, 144), "district 0")
     image, ids = toy.picture("cityscapes", 0, 3, size, "ulm")
     assert np.array_equal(alone[0], image) and np.array_equal(alone[1], ids)
-    assert image.shape == (128, 256, 3) and ids.shape == (128, 256) and image.dtype == ids.dtype == np.uint8
+    assert (
+        image.shape == (128, 256, 3)
+        and ids.shape == (128, 256)
+        and image.dtype == ids.dtype == np.uint8
+    )
 
 
 def test_layouts_open_as_the_real_datasets(world):
     gta5, synthia = open_dataset("gta5", world), open_dataset("synthia", world)
-    train, val = open_dataset("cityscapes", world, "train"), open_dataset("cityscapes", world, "val")
+    train, val = (
+        open_dataset("cityscapes", world, "train"),
+        open_dataset("cityscapes", world, "val"),
+    )
     assert [len(d) for d in (gta5, synthia, train, val)] == list(MIDDLE.values())
     assert {s.size for s in gta5.samples} == {(144, 256), (136, 240)}  # mixed, like the real ones
     assert {s.size for s in synthia.samples} == {(152, 256)}
     assert {s.size for s in train.samples + val.samples} == {(128, 256)}
     assert {s.group for s in train.samples} == set(toy.CITIES["train"])
     assert {s.group for s in val.samples} == set(toy.CITIES["val"])
-    assert (world / "cityscapes/leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png").is_file()
-    assert (world / "cityscapes/gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png").is_file()
+    assert (
+        world / "cityscapes/leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png"
+    ).is_file()
+    assert (
+        world / "cityscapes/gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png"
+    ).is_file()
     for data in (gta5, synthia, train, val):
         image, labels = data[0]
         assert image.shape[1:] == labels.shape == data.samples[0].size
@@ -90,8 +104,19 @@ def test_gta5_labels_are_palette_pictures_of_cityscapes_ids(world):
 
 
 def test_png16_round_trip_and_what_pillow_makes_of_it(tmp_path):
-    classes = torch.randint(23, (5, 7), generator=torch.Generator().manual_seed(0)).numpy().astype(np.uint16)
-    channels = np.stack([classes, np.full_like(classes, 65535), np.arange(35, dtype=np.uint16).reshape(5, 7) * 1000], 2)
+    classes = (
+        torch.randint(23, (5, 7), generator=torch.Generator().manual_seed(0))
+        .numpy()
+        .astype(np.uint16)
+    )
+    channels = np.stack(
+        [
+            classes,
+            np.full_like(classes, 65535),
+            np.arange(35, dtype=np.uint16).reshape(5, 7) * 1000,
+        ],
+        2,
+    )
     toy.write_png16(tmp_path / "label.png", channels)
     raw = decode_image(str(tmp_path / "label.png"), ImageReadMode.UNCHANGED)
     assert raw.dtype == torch.uint16
@@ -101,7 +126,9 @@ def test_png16_round_trip_and_what_pillow_makes_of_it(tmp_path):
         if c.synthia_id is not None:
             expected[classes == c.synthia_id] = train_id
     assert np.array_equal(read_label(tmp_path / "label.png", "synthia").numpy(), expected)
-    with Image.open(tmp_path / "label.png") as picture:  # 8 bits only: every class silently reads as 0
+    with Image.open(
+        tmp_path / "label.png"
+    ) as picture:  # 8 bits only: every class silently reads as 0
         assert np.array(picture).dtype == np.uint8 and (np.array(picture)[..., 0] == 0).all()
 
 
@@ -122,7 +149,10 @@ def test_every_class_occurs_and_every_id_is_known(world, pixels):
 def test_frequencies_have_a_long_tail(pixels):
     for key, counts in pixels.items():
         share = dict(zip(NAMES, counts.sum(0)[:19] / counts[:, :19].sum(), strict=True))
-        assert max(share, key=share.get) == "road" and 0.25 < share["road"] < 0.45, (key, share["road"])
+        assert max(share, key=share.get) == "road" and 0.25 < share["road"] < 0.45, (
+            key,
+            share["road"],
+        )
         assert all(share[name] < 0.01 for name in RARE), (key, {n: share[n] for n in RARE})
         top = sorted(share.values(), reverse=True)
         assert sum(top[:4]) > 0.7, (key, top)
@@ -148,7 +178,9 @@ def test_domains_and_cities_look_different(world):
         source, target = mean_colours(gta5, name), mean_colours(train, name)
         spread = [(m.amax(1) - m.amin(1)).mean() for m in (source, target)]
         assert spread[0] > 1.15 * spread[1], (name, spread)  # the source is the more colourful one
-        assert source.std(0).max() > 5 and target.std(0).max() > 5, name  # no constant colour within a domain
+        assert source.std(0).max() > 5 and target.std(0).max() > 5, (
+            name
+        )  # no constant colour within a domain
     cities = [mean_colours(train, "road", city).mean(0) for city in toy.CITIES["train"]]
     assert max((a - b).abs().max() for a in cities for b in cities) > 15
 

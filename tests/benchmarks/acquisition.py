@@ -32,7 +32,10 @@ def dense_score(logits: torch.Tensor, k: int) -> torch.Tensor:
     one_hot = F.one_hot(logits.argmax(0), classes).permute(2, 0, 1).float()
     ones = torch.ones(1, 1, 2 * k + 1, 2 * k + 1, device=logits.device)
     area = F.conv2d(torch.ones_like(entropy)[None, None], ones, padding=k)[0, 0]
-    share = F.conv2d(one_hot[None], ones.expand(classes, 1, -1, -1), padding=k, groups=classes)[0] / area
+    share = (
+        F.conv2d(one_hot[None], ones.expand(classes, 1, -1, -1), padding=k, groups=classes)[0]
+        / area
+    )
     impurity = -(share * (share + 1e-12).log()).sum(0) / math.log(classes)
     return impurity * F.conv2d(entropy[None, None], ones, padding=k)[0, 0] / area
 
@@ -45,14 +48,20 @@ def plain_greedy(score: torch.Tensor, count: int, radius: int) -> torch.Tensor:
         column = by_column.argmax().item()
         row = rows[column].item()
         picks.append((row, column))
-        score[max(0, row - radius) : row + radius + 1, max(0, column - radius) : column + radius + 1] = -math.inf
+        score[
+            max(0, row - radius) : row + radius + 1, max(0, column - radius) : column + radius + 1
+        ] = -math.inf
     return torch.tensor(picks)
 
 
 def example(device, height=HEIGHT, width=WIDTH, seed=0) -> torch.Tensor:
     """Logits as a network gives them: smooth, upsampled by 8, (C,H,W) float32."""
-    low = 3 * torch.randn(1, CLASSES, height // 8, width // 8, generator=torch.Generator().manual_seed(seed))
-    return F.interpolate(low, size=(height, width), mode="bilinear", align_corners=True)[0].to(device)
+    low = 3 * torch.randn(
+        1, CLASSES, height // 8, width // 8, generator=torch.Generator().manual_seed(seed)
+    )
+    return F.interpolate(low, size=(height, width), mode="bilinear", align_corners=True)[0].to(
+        device
+    )
 
 
 def seconds(function, device) -> float:
@@ -81,7 +90,15 @@ def peak_memory(what: str, k: int, device) -> float:
         before = torch.cuda.memory_allocated()
         (dense_score if what == "plain" else A.ripu_score)(logits, k)
         return (torch.cuda.max_memory_allocated() - before) / 1e9
-    command = [sys.executable, "-m", "tests.benchmarks.acquisition", "--memory-of", what, "--k", str(k)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.acquisition",
+        "--memory-of",
+        what,
+        "--k",
+        str(k),
+    ]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -97,7 +114,11 @@ def memory_of(what: str, k: int) -> float:
 
 def peak_resident() -> float:
     """VmHWM in GB: unlike getrusage's maximum it does not start at the parent's size."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024 / 1e9
 
 
@@ -105,11 +126,19 @@ def run(device: torch.device, runs: int, full: bool) -> None:
     logits = example(device)
     gigabytes = logits.numel() * 4 / 1e9
     floor = statistics.median(seconds(lambda: logits.sum(), device) for _ in range(7))
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, torch {torch.__version__}, logits {CLASSES}x{HEIGHT}x{WIDTH} float32 ({gigabytes:.3f} GB)")
+    where = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    print(
+        f"{where}, torch {torch.__version__}, logits {CLASSES}x{HEIGHT}x{WIDTH} float32 ({gigabytes:.3f} GB)"
+    )
     print(f"reading the logits once: {floor * 1e3:.2f} ms, {gigabytes / floor:.0f} GB/s")
     gap = (A.ripu_score(logits, 1)[0] - dense_score(logits, 1)).abs().max().item()
-    ours, plain = pair(lambda: A.ripu_score(logits, 1), lambda: dense_score(logits, 1), device, runs)
+    ours, plain = pair(
+        lambda: A.ripu_score(logits, 1), lambda: dense_score(logits, 1), device, runs
+    )
     print(f"score k=1:  ours {ours * 1e3:.1f} ms ({gigabytes / ours:.2f} GB/s, {ours / floor:.0f}x the floor), "
           f"dense {plain * 1e3:.0f} ms, ratio {plain / ours:.1f}, max gap {gap:.1e}, n={runs}")  # fmt: skip
     size = (HEIGHT, WIDTH) if full or device.type == "cuda" else (HEIGHT // 4, WIDTH // 4)
@@ -117,15 +146,21 @@ def run(device: torch.device, runs: int, full: bool) -> None:
     ours = statistics.median(seconds(lambda: A.ripu_score(logits, 32), device) for _ in range(runs))
     plain = seconds(lambda: dense_score(part, 32), device) * scale
     note = "" if scale == 1 else f" ({size[1]}x{size[0]} times {scale:.0f})"
-    print(f"score k=32: ours {ours * 1e3:.1f} ms, dense {plain:.1f} s{note}, ratio {plain / ours:.0f}, n={runs} and 1")
+    print(
+        f"score k=32: ours {ours * 1e3:.1f} ms, dense {plain:.1f} s{note}, ratio {plain / ours:.0f}, n={runs} and 1"
+    )
     for k in (1, 32):
         if k == 1 or full:
             ours, plain = peak_memory("ours", k, device), peak_memory("plain", k, device)
-            print(f"peak memory k={k}: ours {ours:.3f} GB, dense {plain:.3f} GB, ratio {plain / max(ours, 1e-3):.1f}")
+            print(
+                f"peak memory k={k}: ours {ours:.3f} GB, dense {plain:.3f} GB, ratio {plain / max(ours, 1e-3):.1f}"
+            )
     score = A.ripu_score(logits, 1)[0]
     for share in (0.022, 0.05, 0.2):
         count = math.ceil(HEIGHT * WIDTH * share / 5 / 9)
-        ours = statistics.median(seconds(lambda n=count: A.select_regions(score, n, 2), device) for _ in range(5))
+        ours = statistics.median(
+            seconds(lambda n=count: A.select_regions(score, n, 2), device) for _ in range(5)
+        )
         began = time.perf_counter()
         picks = plain_greedy(score, count, 2)
         plain = time.perf_counter() - began
@@ -138,7 +173,9 @@ def run(device: torch.device, runs: int, full: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--full", action="store_true", help="the dense k=32 on the CPU at full size")
+    parser.add_argument(
+        "--full", action="store_true", help="the dense k=32 on the CPU at full size"
+    )
     parser.add_argument("--memory-of", choices=["ours", "plain"], help=argparse.SUPPRESS)
     parser.add_argument("--k", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()

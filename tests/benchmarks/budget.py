@@ -22,7 +22,9 @@ def stream(image: int, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Picks of a synthetic image: falling scores whose level differs from image to image, and centres."""
     rng = np.random.default_rng(image)
     scores = np.sort(rng.random(capacity, dtype=np.float32) * rng.uniform(0.2, 1))[::-1].copy()
-    centres = np.stack([rng.integers(0, HEIGHT, capacity), rng.integers(0, WIDTH, capacity)], axis=1)
+    centres = np.stack(
+        [rng.integers(0, HEIGHT, capacity), rng.integers(0, WIDTH, capacity)], axis=1
+    )
     return torch.from_numpy(centres), torch.from_numpy(scores)
 
 
@@ -38,7 +40,9 @@ def main() -> None:
     budget = GlobalBudget(count)
     for image in range(args.images):
         centres, scores = stream(image, capacity)
-        keep = int((scores >= budget.floor).sum())  # as the loop does: what cannot win is not offered
+        keep = int(
+            (scores >= budget.floor).sum()
+        )  # as the loop does: what cannot win is not offered
         budget.add(image, centres[:keep], scores[:keep])
     picks = budget.select()
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) * 1024 / 1e9
@@ -46,7 +50,9 @@ def main() -> None:
     print(
         f"{args.images} images of {WIDTH}x{HEIGHT}, {100 * args.share:g} % in {args.rounds} rounds: {count:,} picks a round"
     )
-    print(f"taken {taken:,} from {len(picks)} images, threshold {budget.threshold:.6f}, {time.time() - began:.0f} s")
+    print(
+        f"taken {taken:,} from {len(picks)} images, threshold {budget.threshold:.6f}, {time.time() - began:.0f} s"
+    )
     print(
         f"peak host memory +{peak:.2f} GB; bound while adding {24 * count / 1e9:.2f} GB, result {16 * taken / 1e9:.2f} GB"
     )

@@ -38,7 +38,14 @@ WAITS = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::n
 def system_of(folder: str, backbone: str, device: torch.device) -> tuple[Run, Stal]:
     """A student and all that STAL keeps beside it, on a few images of the miniature world."""
     toy.write(folder, counts=toy.SMALL)
-    given = {"root": folder, "init": "none", "backbone": backbone, "batch": 1, "workers": 0, "source_size": "1914x1052"}
+    given = {
+        "root": folder,
+        "init": "none",
+        "backbone": backbone,
+        "batch": 1,
+        "workers": 0,
+        "source_size": "1914x1052",
+    }
     s = settings_for({"strategy": "stal", **given})
     run = Run(s, Path(folder) / "run", device)
     system = Stal(s, run, open_dataset("gta5", folder), open_dataset("cityscapes", folder))
@@ -68,15 +75,23 @@ def example_batch(device) -> list[torch.Tensor]:
     images = [torch.randn(1, 3, SIZE, SIZE, generator=g) for _ in range(2)]
     blocks = [torch.randint(CLASSES, (1, 1, 40, 40), generator=g).float() for _ in range(2)]
     labels = [F.interpolate(b, (SIZE, SIZE))[0].to(torch.uint8) for b in blocks]
-    return [x.to(device) for x in (images[0], labels[0], images[1], labels[1], torch.zeros(1, dtype=torch.int64))]
+    return [
+        x.to(device)
+        for x in (images[0], labels[0], images[1], labels[1], torch.zeros(1, dtype=torch.int64))
+    ]
 
 
-def plain_contrastive(features, teacher_features, sets, bank: list[torch.Tensor], sizes, draws, keys=1024):
+def plain_contrastive(
+    features, teacher_features, sets, bank: list[torch.Tensor], sizes, draws, keys=1024
+):
     """STAL Eq. (4) written down directly, class by class, the bank a list of tensors on the host."""
     members, pool, strangers = sets
     flat = features.permute(0, 2, 3, 1).flatten(0, 2)  # (P,K)
     teacher = teacher_features.permute(0, 2, 3, 1).flatten(0, 2)
-    total, present = torch.zeros((), device=features.device), [c for c in range(CLASSES) if members[c].any()]
+    total, present = (
+        torch.zeros((), device=features.device),
+        [c for c in range(CLASSES) if members[c].any()],
+    )
     for c in range(CLASSES):
         new = strangers[c].nonzero()[:, 0]
         if len(new) > keys:
@@ -90,9 +105,14 @@ def plain_contrastive(features, teacher_features, sets, bank: list[torch.Tensor]
         z = F.normalize(flat[anchors[(draws[0][c] * len(anchors)).long()]], dim=1)  # (A,K)
         negatives = bank[c][(draws[1][c].cpu() * len(bank[c])).long()].to(z.device)  # (A,M,K)
         similarity = (
-            torch.cat([(z @ positive)[:, None], (z[:, None] * F.normalize(negatives, dim=-1)).sum(-1)], 1) / 0.5
+            torch.cat(
+                [(z @ positive)[:, None], (z[:, None] * F.normalize(negatives, dim=-1)).sum(-1)], 1
+            )
+            / 0.5
         )
-        total = total + F.cross_entropy(similarity, torch.zeros(len(z), dtype=torch.int64, device=z.device))
+        total = total + F.cross_entropy(
+            similarity, torch.zeros(len(z), dtype=torch.int64, device=z.device)
+        )
     return total / max(1, len(present))
 
 
@@ -101,7 +121,9 @@ def contrastive_inputs(device):
     g, h = torch.Generator().manual_seed(1), (SIZE + 3) // 4
     features, teacher = (torch.randn(2, 256, h, h, generator=g).to(device) for _ in range(2))
     prob = (
-        F.interpolate(4 * torch.randn(2, CLASSES, 25, 25, generator=g), (h, h), mode="bilinear").softmax(1).to(device)
+        F.interpolate(4 * torch.randn(2, CLASSES, 25, 25, generator=g), (h, h), mode="bilinear")
+        .softmax(1)
+        .to(device)
     )
     labels = prob.argmax(1).to(torch.uint8)
     uncertainty = torch.special.entr(prob).sum(1)
@@ -112,7 +134,10 @@ def contrastive_inputs(device):
 def compare_contrastive(device: torch.device, runs: int) -> None:
     """Ours and the plain version in turn; prints gap, medians and what the banks hold."""
     features, teacher, sets = contrastive_inputs(device)
-    ours, plain_bank = MemoryBank(CLASSES, 256, device=device), [torch.empty(0, 256) for _ in range(CLASSES)]
+    ours, plain_bank = (
+        MemoryBank(CLASSES, 256, device=device),
+        [torch.empty(0, 256) for _ in range(CLASSES)],
+    )
     sizes, times, gaps = ours.sizes.tolist(), [], []
     for c in range(CLASSES):  # both banks full, of the same keys
         plain_bank[c] = torch.randn(sizes[c], 256, generator=torch.Generator().manual_seed(c))
@@ -160,8 +185,14 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     backbone = args.backbone or ("resnet101" if device.type == "cuda" else "resnet18")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, torch {torch.__version__}, {backbone}, {SIZE}x{SIZE}, 1 + 1 images, {CLASSES} classes, float32")
+    where = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    print(
+        f"{where}, torch {torch.__version__}, {backbone}, {SIZE}x{SIZE}, 1 + 1 images, {CLASSES} classes, float32"
+    )
     with tempfile.TemporaryDirectory() as folder:
         run, system = system_of(folder, backbone, device)
         batch, times = example_batch(device), []
@@ -177,11 +208,18 @@ def main() -> None:
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
-        peak = f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if device.type == "cuda" else ""
+        peak = (
+            f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+            if device.type == "cuda"
+            else ""
+        )
         print(f"a step: {statistics.median(times):.2f} s (n={args.runs}){peak}")
         if isinstance(run.history[-1], torch.Tensor):
             print(
-                "losses " + ", ".join(f"{n} {v:.3f}" for n, v in zip(run.names, run.history[-1].tolist(), strict=True))
+                "losses "
+                + ", ".join(
+                    f"{n} {v:.3f}" for n, v in zip(run.names, run.history[-1].tolist(), strict=True)
+                )
             )
     compare_contrastive(device, args.runs)
 

@@ -56,26 +56,37 @@ def measure(images: int, exact: bool) -> None:
     thresholds = histogram.thresholds(PORTION)
     spent += time.process_time() - began
     growth, each = peak() - start, spent / images * 1e3
-    print(f"{images} images: peak host memory +{growth:.0f} MB over {start:.0f} MB, {each:.0f} ms of CPU time an image")
+    print(
+        f"{images} images: peak host memory +{growth:.0f} MB over {start:.0f} MB, {each:.0f} ms of CPU time an image"
+    )
     if exact:
         sorted_ = [torch.cat(values).sort(descending=True).values for values in kept]
         ranks = [int(PORTION * len(values)) for values in sorted_]
         pairs = zip(sorted_, ranks, thresholds.tolist(), strict=True)
-        gap = max(abs((values[rank - 1].item() if rank else 1.0) - found) for values, rank, found in pairs)
+        gap = max(
+            abs((values[rank - 1].item() if rank else 1.0) - found) for values, rank, found in pairs
+        )
         number = sum(map(len, sorted_))
-        print(f"  max gap to the exact rank values {gap:.1e}; {number:,} confidences kept for them (every 4th)")
+        print(
+            f"  max gap to the exact rank values {gap:.1e}; {number:,} confidences kept for them (every 4th)"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, nargs="+", default=[200, 800])
-    parser.add_argument("--exact", action="store_true", help="compare with sorting every 4th confidence (grows)")
+    parser.add_argument(
+        "--exact", action="store_true", help="compare with sorting every 4th confidence (grows)"
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         measure(args.images[0], args.exact)
         return
-    print(f"{CLASSES}x{HEIGHT}x{WIDTH}, torch {torch.__version__}, {torch.get_num_threads()} CPU thread(s)", flush=True)
+    print(
+        f"{CLASSES}x{HEIGHT}x{WIDTH}, torch {torch.__version__}, {torch.get_num_threads()} CPU thread(s)",
+        flush=True,
+    )
     for images in args.images:
         options = ["--child", "--images", str(images), *(["--exact"] if args.exact else [])]
         subprocess.run([sys.executable, "-m", "tests.benchmarks.thresholds", *options], check=True)

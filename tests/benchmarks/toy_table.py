@@ -42,7 +42,17 @@ STAL = {  # the rows of the paper's Table III; images are drawn at random but fo
     "random": ["--image-queries", "random"],
     "": [],
 }
-COMMON = ["--root", "toy", "--precision", "bfloat16", "--threads", "1", "--pictures", "3", "--resume"]
+COMMON = [
+    "--root",
+    "toy",
+    "--precision",
+    "bfloat16",
+    "--threads",
+    "1",
+    "--pictures",
+    "3",
+    "--resume",
+]
 
 
 def train(folder: Path, options: list[str]) -> dict:
@@ -52,7 +62,13 @@ def train(folder: Path, options: list[str]) -> dict:
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "alda.loop", "--out", str(folder), *COMMON, *options]
         with open(folder / "log.txt", "a") as log:
-            subprocess.run(command, stdout=log, stderr=log, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            subprocess.run(
+                command,
+                stdout=log,
+                stderr=log,
+                check=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
     return json.loads(result.read_text())
 
 
@@ -61,14 +77,25 @@ def adapt(root: Path, method: str, budget: float, seed: int, extra: list[str]) -
     name, _, variant = method.partition(":")
     strategy, _, pseudo = name.partition("+")
     start = root / f"source-only-{seed}" / "checkpoints" / "last.pt"
-    options = ["--strategy", strategy, "--init", str(start), "--batch-norm", "live", "--seed", str(seed)]
+    options = [
+        "--strategy",
+        strategy,
+        "--init",
+        str(start),
+        "--batch-norm",
+        "live",
+        "--seed",
+        str(seed),
+    ]
     if strategy in SELF_TRAINING:  # no budget
         return train(root / f"{strategy}-{seed}", options + extra)
     if strategy == "stal":
         options += ["--steps", "240", "--lr", "0.003", *STAL[variant]]
     else:
         options += [*ADAPT, "--net", "deeplabv3plus"]
-    options += ["--budget", str(budget)] if strategy not in ("full", "ripu-pa") else []  # ripu-pa: 40 pixels an image
+    options += (
+        ["--budget", str(budget)] if strategy not in ("full", "ripu-pa") else []
+    )  # ripu-pa: 40 pixels an image
     options += ["--cbda", variant] if strategy == "cbda" else []
     options += ["--pseudo", pseudo] if pseudo else []
     return train(root / f"{method.replace(':', '-')}-{budget:g}-{seed}", options + extra)
@@ -83,9 +110,16 @@ def row(name: str, results: list[dict]) -> str:
 
     miou = text([100 * r["mIoU19"] for r in results])
     lowest = text([100 * r["lowest"]["IoU"] for r in results])
-    rare = text([100 * statistics.mean(sorted(v for v in r["IoU"].values() if v is not None)[:5]) for r in results])
+    rare = text(
+        [
+            100 * statistics.mean(sorted(v for v in r["IoU"].values() if v is not None)[:5])
+            for r in results
+        ]
+    )
     asked_any = results[0]["budget"]["asked"] > 0
-    entropy = f"{statistics.mean(r['budget']['class_entropy'] for r in results):.3f}" if asked_any else ""
+    entropy = (
+        f"{statistics.mean(r['budget']['class_entropy'] for r in results):.3f}" if asked_any else ""
+    )
     asked = f"{statistics.mean(r['budget']['asked'] for r in results):,.0f}"
     minutes = statistics.mean(r["wall_s"] for r in results) / 60
     return f"| {name} | {miou} | {lowest} | {rare} | {entropy} | {asked} | {minutes:.1f} |"
@@ -94,13 +128,18 @@ def row(name: str, results: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--methods", nargs="+", required=True, help="strategies; cbda:dynamic and the like for variants"
+        "--methods",
+        nargs="+",
+        required=True,
+        help="strategies; cbda:dynamic and the like for variants",
     )
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.022])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--root", type=Path, default=Path("runs/table"))
-    parser.add_argument("--extra", nargs=argparse.REMAINDER, default=[], help="more options for the adapting runs")
+    parser.add_argument(
+        "--extra", nargs=argparse.REMAINDER, default=[], help="more options for the adapting runs"
+    )
     args = parser.parse_args()
     with ThreadPoolExecutor(args.jobs) as pool:
         source = {s: pool.submit(train, args.root / f"source-only-{s}",
@@ -108,7 +147,9 @@ def main() -> None:
         first = [source[s].result() for s in args.seeds]
         runs = {(m, b): [pool.submit(adapt, args.root, m, b, s, args.extra) for s in args.seeds]
                 for b in args.budgets for m in args.methods}  # fmt: skip
-        print("| method | mIoU19 | lowest class | mean of the 5 lowest | class entropy | pixels asked | minutes |")
+        print(
+            "| method | mIoU19 | lowest class | mean of the 5 lowest | class entropy | pixels asked | minutes |"
+        )
         print("|---|---|---|---|---|---|---|")
         print(row("source-only", first), flush=True)
         for (method, budget), futures in runs.items():
