@@ -1,15 +1,17 @@
-"""Which pixels do we ask for? Scores and selection under a budget: pure tensor functions, no files.
+"""Scores and selection under a budget, as pure tensor functions. Which pixels do we ask for?
 
     from alda.acquisition import ripu_score, select_regions, paint
     score, impurity, uncertainty = ripu_score(logits, k=1)          # logits (C,H,W) -> three (H,W) maps in [0,1]
     centres = select_regions(score, count=1026, block_radius=2)      # (n,2) int64 rows and columns, best first
     asked = paint(centres, radius=1, shape=score.shape)              # (H,W) bool
 
-RIPU: Xie et al., arXiv 2111.12940 (Eqs. 3-5). CBDA: Schachtsiek, Rossi and Hannagan, arXiv 2311.14146.
+RIPU: Xie et al., arXiv 2111.12940 (Eqs. 1-5). CBDA: Schachtsiek, Rossi and Hannagan, arXiv
+2311.14146.
 
-Axes: N images (optional), C classes, H rows, W columns. p is the softmax of the logits, y the argmax; k is the region's
-radius: N_k(i) is the (2k+1) x (2k+1) square around pixel i, cut at the image border. Scores take float32, float16 or
-bfloat16 on any device, compute in float32, and leave their inputs unchanged.
+Axes: N images (optional), C classes, H rows, W columns. p is the softmax of the logits, y the
+argmax; k is the region's radius: N_k(i) is the (2k+1) x (2k+1) square around pixel i, cut at the
+image border. Scores take float32, float16 or bfloat16 on any device, compute in float32, and leave
+their inputs unchanged.
 """
 
 import math
@@ -18,69 +20,87 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from alda.distributed import all_gather_list, all_reduce_number
+
 ROWS = 32  # rows of logits worked on at a time: the temporaries of a strip stay in the cache (CPU) and small (GPU)
 
 
-# --------------------------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------------------------------- scores
+
+
+def entropy(prob: torch.Tensor) -> torch.Tensor:
+    """H = -sum_c p_c log p_c of each pixel, in nats: (...,C,H,W) -> (...,H,W) float32; 0 log 0 =
+    0."""
+    return torch.special.entr(prob.float()).sum(-3)
 
 
 def pixel_entropy(prob: torch.Tensor) -> torch.Tensor:
-    """Entropy of each pixel's prediction over log C, so in [0,1]: (C,H,W) or (N,C,H,W) -> (H,W) or (N,H,W) float32.
-
-    RIPU Eq. (4), the inner term: H = -sum_c p_c log p_c. A probability of 0 contributes 0.
-    """
-    return torch.special.entr(prob.float()).sum(-3) / math.log(prob.shape[-3])
+    """`entropy` over log C, so in [0,1]: (C,H,W) or (N,C,H,W) -> (H,W) or (N,H,W) float32."""
+    return entropy(prob) / math.log(prob.shape[-3])
 
 
 def region_impurity(prediction: torch.Tensor, num_classes: int, k: int = 1) -> torch.Tensor:
-    """Entropy of the class histogram of each region over log C: (H,W) or (N,H,W) integer -> the same shape, float32.
+    """Entropy of the class histogram of each region over log C: (H,W) or (N,H,W) integer -> the
+    same shape, float32.
 
-    RIPU Eq. (3): P(i) = -sum_c f_c log f_c with f_c the share of N_k(i) that is predicted as c. With n_c the counts and
-    n = |N_k(i)| this is log n - (1/n) sum_c n_c log n_c, summed one class at a time: no one-hot of C full planes.
+    RIPU Eqs. (1)-(3): N_k(i) is the square around i, n_c the pixels of it that are predicted as c,
+    f_c = n_c / n their share and P(i) = -sum_c f_c log f_c. One class is counted at a time: no
+    one-hot of C full planes.
     """
+    # RIPU Eq. (1): n = |N_k(i)|
     area = region_area(prediction.shape[-2:], k, prediction.device)
     total = torch.zeros(prediction.shape, device=prediction.device)
     for c in range(num_classes):
+        # RIPU Eq. (2): n_c = |N_k^c(i)|
         count = box_sum((prediction == c).to(torch.uint8), k).float()
         total += torch.xlogy(count, count)
-    return ((area.log() - total / area) / math.log(num_classes)).clamp_(
-        min=0
-    )  # a pure region is 0, not -1e-8
+    # RIPU Eq. (3): P = -sum_c (n_c / n) log (n_c / n) = log n - (1 / n) sum_c n_c log n_c
+    impurity = (area.log() - total / area) / math.log(num_classes)
+    return impurity.clamp_(min=0)  # a pure region is 0, not -1e-8
+
+
+def region_uncertainty(entropies: torch.Tensor, k: int = 1) -> torch.Tensor:
+    """Mean of the pixels' entropies over each region: (H,W) or (N,H,W) -> the same shape,
+    float32."""
+    # RIPU Eq. (4): U(i) = 1 / |N_k(i)| sum_{j in N_k(i)} H_j
+    return region_mean(entropies, k)
 
 
 def prediction_uncertainty(prob: torch.Tensor, k: int = 1) -> torch.Tensor:
-    """Mean pixel entropy of each region, RIPU Eq. (4): (C,H,W) or (N,C,H,W) -> (H,W) or (N,H,W) float32 in [0,1]."""
-    return region_mean(pixel_entropy(prob), k)
+    """`region_uncertainty` of probabilities (C,H,W) or (N,C,H,W) -> (H,W) or (N,H,W) float32 in
+    [0,1]."""
+    return region_uncertainty(pixel_entropy(prob), k)
 
 
 def ripu_score(logits: torch.Tensor, k: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """RIPU's region score, Eq. (5): A = P * U. Returns (score, impurity, uncertainty), each (H,W) or (N,H,W) float32.
+    """RIPU's region score: (score, impurity, uncertainty), each (H,W) or (N,H,W) float32 in [0,1].
 
-    `logits` (C,H,W) or (N,C,H,W). The softmax is never stored whole: strips of rows give the entropy and the argmax.
-    Both factors are divided by log C (the official code writes log 19 for any C): a constant, ranks are unchanged.
+    `logits` (C,H,W) or (N,C,H,W). The softmax is never stored whole: strips of rows give the
+    entropy and the argmax. Both factors are divided by log C (the official code writes log 19 for
+    any C): a constant, ranks are unchanged.
     """
-    entropy, prediction = entropy_and_prediction(logits)
+    entropies, prediction = entropy_and_prediction(logits)
     impurity = region_impurity(prediction, logits.shape[-3], k)
-    uncertainty = region_mean(entropy, k)
+    uncertainty = region_uncertainty(entropies, k)
+    # RIPU Eq. (5): A = P * U
     return impurity * uncertainty, impurity, uncertainty
 
 
 def pixel_score(logits: torch.Tensor, k: int = 32) -> torch.Tensor:
-    """RIPU's score for pixel queries (PA): impurity of the (2k+1)^2 region times the pixel's own entropy, not a mean.
-
-    `logits` (C,H,W) or (N,C,H,W) -> (H,W) or (N,H,W) float32 in [0,1].
-    """
-    entropy, prediction = entropy_and_prediction(logits)
-    return region_impurity(prediction, logits.shape[-3], k) * entropy
+    """RIPU's score for pixel queries (PA): impurity of the (2k+1)^2 region times the pixel's own
+    entropy, not a mean: (C,H,W) or (N,C,H,W) -> (H,W) or (N,H,W) float32 in [0,1]."""
+    entropies, prediction = entropy_and_prediction(logits)
+    return region_impurity(prediction, logits.shape[-3], k) * entropies
 
 
 def entropy_score(logits: torch.Tensor, k: int = 1) -> torch.Tensor:
-    """The baseline `entropy`: the mean pixel entropy of the region alone (Eq. 4), (C,H,W) -> (H,W) float32 in [0,1]."""
-    return region_mean(entropy_and_prediction(logits)[0], k)
+    """The baseline `entropy`: region uncertainty alone, (C,H,W) -> (H,W) float32 in [0,1]."""
+    return region_uncertainty(entropy_and_prediction(logits)[0], k)
 
 
 def margin_score(logits: torch.Tensor, k: int = 1) -> torch.Tensor:
-    """The baseline `margin`: region mean of 1 - (p_1st - p_2nd), (C,H,W) or (N,C,H,W) -> (H,W) or (N,H,W) in [0,1]."""
+    """The baseline `margin`: region mean of 1 - (p_1st - p_2nd), (C,H,W) or (N,C,H,W) -> (H,W) or
+    (N,H,W) in [0,1]."""
     best = torch.cat(
         [strip.float().softmax(-3).topk(2, dim=-3).values for strip in logits.split(ROWS, dim=-2)],
         dim=-2,
@@ -91,17 +111,36 @@ def margin_score(logits: torch.Tensor, k: int = 1) -> torch.Tensor:
 def random_score(
     shape: tuple[int, int], seed: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """The baseline `random`: uniform noise in [0,1), (H,W) float32, the same for a seed on every device."""
+    """The baseline `random`: uniform noise in [0,1), (H,W) float32, the same for a seed on every
+    device."""
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
+def region_or_pixel_score(logits: torch.Tensor, k: int, unit: str) -> torch.Tensor:
+    """RIPU's score for what a pick labels: `unit` "region" or "pixel"; (C,H,W) -> (H,W)."""
+    return pixel_score(logits, k) if unit == "pixel" else ripu_score(logits, k)[0]
+
+
+# Strategy: its score, called with logits (C,H,W), radius k, unit ("region" or "pixel": what a pick
+# labels) and a seed; gives (H,W), the higher the sooner asked. A new score is one more line here.
+SCORES = {
+    "random": lambda logits, k, unit, seed: random_score(logits.shape[-2:], seed, logits.device),
+    "entropy": lambda logits, k, unit, seed: entropy_score(logits, 0 if unit == "pixel" else k),
+    "margin": lambda logits, k, unit, seed: margin_score(logits, 0 if unit == "pixel" else k),
+    "ripu": lambda logits, k, unit, seed: region_or_pixel_score(logits, k, unit),
+    "ripu-pa": lambda logits, k, unit, seed: region_or_pixel_score(logits, k, unit),
+    "cbda": lambda logits, k, unit, seed: region_or_pixel_score(logits, k, unit),
+}
+
+
 def entropy_and_prediction(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixel entropy over log C (float32) and argmax (uint8), each (H,W) or (N,H,W), in one pass over strips of the logits.
+    """Pixel entropy over log C (float32) and argmax (uint8), each (H,W) or (N,H,W), in one pass
+    over strips of the logits.
 
     With z = x - max x:  H = log sum_c e^z_c - (sum_c z_c e^z_c) / (sum_c e^z_c). Of equal maxima the lowest class wins.
     Logits with NaN give NaN entropy. At most 255 classes.
     """
-    entropy, prediction = [], []
+    entropies, prediction = [], []
     num_classes = logits.shape[-3]
     for strip in logits.split(ROWS, dim=-2):
         strip = strip.float()
@@ -109,40 +148,44 @@ def entropy_and_prediction(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Te
         e = z.exp()
         total = e.sum(-3)
         # a logit of -inf has p = 0 and contributes nothing: -inf * 0 must not become NaN
-        entropy.append(total.log() - (e * z.clamp(min=-1e30)).sum(-3) / total)
+        entropies.append(total.log() - (e * z.clamp(min=-1e30)).sum(-3) / total)
         first = torch.zeros_like(total, dtype=torch.uint8)
         for c in range(num_classes - 1, 0, -1):
             first.masked_fill_(z.select(-3, c) == 0, c)
         prediction.append(first.masked_fill_(z.select(-3, 0) == 0, 0))
-    return torch.cat(entropy, -2).div_(math.log(num_classes)).clamp_(min=0), torch.cat(
+    return torch.cat(entropies, -2).div_(math.log(num_classes)).clamp_(min=0), torch.cat(
         prediction, -2
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- regions
+# ------------------------------------------------------------------------------------------ regions
+
+
+# the narrowest integers that hold counts below a limit
+KINDS = ((2**8, torch.uint8), (2**15, torch.int16), (2**31, torch.int32))
 
 
 def box_sum(values: torch.Tensor, k: int) -> torch.Tensor:
-    """Sum over N_k(i) of every pixel, zero beyond the border: (...,H,W) -> (...,H,W), the cost grows with log k only.
+    """Sum over N_k(i) of every pixel, zero beyond the border: (...,H,W) -> (...,H,W), the cost
+    grows with log k only.
 
     uint8 counts of 0/1 maps are widened as far as (2k+1)^2 needs; float maps stay float32.
     """
     width = 2 * k + 1
     for dim, largest in ((-1, width), (-2, width * width)):
         if not values.is_floating_point():
-            values = values.to(
-                torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32
-            )
+            narrow = [kind for limit, kind in KINDS if largest < limit]
+            values = values.to(narrow[0])
         values = _window_sum(values, k, dim)
     return values
 
 
 def _window_sum(values: torch.Tensor, k: int, dim: int) -> torch.Tensor:
-    """Sums of 2k+1 neighbours along `dim`, from sums of 1, 2, 4, ... neighbours (the binary digits of 2k+1)."""
+    """Sums of 2k+1 neighbours along `dim`, from sums of 1, 2, 4, ... neighbours (the binary digits
+    of 2k+1)."""
     length, width = values.shape[dim], 2 * k + 1
-    power = F.pad(
-        values, (k, k) if dim == -1 else (0, 0, k, k)
-    )  # sums of `size` neighbours, starting at each pixel
+    # sums of `size` neighbours, starting at each pixel
+    power = F.pad(values, (k, k) if dim == -1 else (0, 0, k, k))
     total, offset, size = None, 0, 1
     while True:
         if width & size:
@@ -168,12 +211,14 @@ def region_area(shape: tuple[int, int], k: int, device: torch.device | str = "cp
 
 
 def region_mean(values: torch.Tensor, k: int) -> torch.Tensor:
-    """Mean of `values` over N_k(i), the region cut at the border: (H,W) or (N,H,W) -> the same shape."""
+    """Mean of `values` over N_k(i), the region cut at the border: (H,W) or (N,H,W) -> the same
+    shape."""
     return box_sum(values, k) / region_area(values.shape, k, values.device)
 
 
 def paint(centres: torch.Tensor, radius: int, shape: tuple[int, int]) -> torch.Tensor:
-    """The pixels within `radius` (square, cut at the border) of any centre: (n,2) int64 -> (H,W) bool, centres' device."""
+    """The pixels within `radius` (square, cut at the border) of any centre: (n,2) int64 -> (H,W)
+    bool, centres' device."""
     mask = torch.zeros(tuple(shape), dtype=torch.uint8, device=centres.device)
     mask[centres[:, 0], centres[:, 1]] = 1
     return dilate(mask.bool(), radius)
@@ -184,23 +229,26 @@ def dilate(mask: torch.Tensor, radius: int) -> torch.Tensor:
     return box_sum(mask.to(torch.uint8), radius) > 0
 
 
-# ------------------------------------------------------------------------------------------------------------ selection
+# ---------------------------------------------------------------------------------------- selection
 
 
 def select_regions(
     score: torch.Tensor, count: int, block_radius: int, blocked: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Greedy picks: the highest score wins, its pick blocks every centre within `block_radius` rows and columns.
+    """Greedy picks: the highest score wins, its pick blocks every centre within `block_radius` rows
+    and columns.
 
-    RIPU's region selection (the paper's algorithm, the official code's order). `score` (H,W) float; `blocked` (H,W) bool
-    marks centres that may not be picked. Returns (n,2) int64 (row, column) in picking order on the score's device,
-    n <= `count`: fewer when the candidates run out. -inf and NaN are never picked. Ties go to the smaller column, then
-    the smaller row (the official code's order). For regions of radius k use block_radius = 2k: they do not overlap.
+    RIPU's region selection (the paper's algorithm, the official code's order). `score` (H,W) float;
+    `blocked` (H,W) bool marks centres that may not be picked. Returns (n,2) int64 (row, column) in
+    picking order on the score's device, n <= `count`: fewer when the candidates run out. -inf and
+    NaN are never picked. Ties go to the smaller column, then the smaller row (the official code's
+    order). For regions of radius k use block_radius = 2k: they do not overlap.
 
-    Exact without a step per pick on the device: a pick blocks at most (2 block_radius + 1)^2 centres, itself included, so
-    the best count * (2 block_radius + 1)^2 candidates always hold the first `count` picks. They are sorted once, and one
-    walk over the sorted list on the host takes every candidate that no earlier pick has blocked. A quarter of them is
-    nearly always enough and is tried first.
+    Exact without a step per pick on the device: a pick blocks at most (2 block_radius + 1)^2
+    centres, itself included, so the best count * (2 block_radius + 1)^2 candidates always hold the
+    first `count` picks. They are sorted once, and one walk over the sorted list on the host takes
+    every candidate that no earlier pick has blocked. A quarter of them is nearly always enough and
+    is tried first.
     """
     if (
         score.dim() != 2
@@ -229,10 +277,12 @@ def select_regions(
 
 
 def _best_first(values: np.ndarray, width: int, number: int) -> np.ndarray:
-    """Flat indices in picking order of at least the `number` highest values: all above a threshold, -inf left out.
+    """Flat indices in picking order of at least the `number` highest values: all above a threshold,
+    -inf left out.
 
-    Any threshold that leaves enough values is exact, so a sample of every 64th value estimates it (a full partition is
-    slow on score maps, where most values are equal: zeros); it is lowered until enough are left.
+    Any threshold that leaves enough values is exact, so a sample of every 64th value estimates it
+    (a full partition is slow on score maps, where most values are equal: zeros); it is lowered
+    until enough are left.
     """
     sample = np.sort(values[::64])[::-1]
     rank = number // 64 + 8
@@ -247,9 +297,8 @@ def _best_first(values: np.ndarray, width: int, number: int) -> np.ndarray:
 
 def _walk(candidates: np.ndarray, height: int, width: int, count: int, radius: int) -> np.ndarray:
     """The sequential greedy over candidates (flat indices, best first): (n,2) int64."""
-    stride = (
-        width + radius
-    )  # a margin to the right catches what the block of the last columns writes beyond the row
+    # a margin to the right catches what the block of the last columns writes beyond the row
+    stride = width + radius
     rows, cols = np.divmod(candidates, width)
     taken = bytearray((height + 2 * radius) * stride + 2 * radius)
     block = b"\1" * (2 * radius + 1)
@@ -265,7 +314,7 @@ def _walk(candidates: np.ndarray, height: int, width: int, count: int, radius: i
     return np.stack([rows[picks], cols[picks]], axis=1).astype(np.int64)
 
 
-# ------------------------------------------------------------------------------------------------------------------ CBDA
+# --------------------------------------------------------------------------------------------- CBDA
 
 
 def class_weights(
@@ -273,14 +322,16 @@ def class_weights(
 ) -> torch.Tensor:
     """CBDA's class balance: w_c = max(0, 1 - n_c / (t_c B)), (C,) float64.
 
-    `counts` (C,) are the labelled pixels n_c of each class from earlier rounds, `budget` is B, all pixels that may be asked
-    over all rounds and images, `target` (C,) is the distribution t wished for (uniform unless given; it is normalised).
-    A class that has used up its share of the budget has weight 0, as has a class that the target leaves out; before the
-    first round every weight is 1.
+    `counts` (C,) are the labelled pixels n_c of each class from earlier rounds, `budget` is B, all
+    pixels that may be asked over all rounds and images, `target` (C,) is the distribution t wished
+    for (uniform unless given; it is normalised). A class that has used up its share of the budget
+    has weight 0, as has a class that the target leaves out; before the first round every weight is
+    1.
 
-    The paper says in words that scores are down-weighted for classes that have consumed more of the budget, relative to a
-    target distribution. This formula is this project's reading of those words. Raises ValueError for a budget below 1, for
-    negative counts and for a target that is not a distribution over the same classes.
+    The paper says in words that scores are down-weighted for classes that have consumed more of the
+    budget, relative to a target distribution. This formula is this project's reading of those
+    words. Raises ValueError for a budget below 1, for negative counts and for a target that is not
+    a distribution over the same classes.
     """
     counts = torch.as_tensor(counts).double()
     target = torch.ones_like(counts) if target is None else torch.as_tensor(target).double()
@@ -293,18 +344,22 @@ def class_weights(
             f"target must hold {len(counts)} shares, none negative, not all 0; got {target.tolist()}"
         )
     share = target / target.sum() * budget
+    # CBDA, class balance: w_c = max(0, 1 - n_c / (t_c B)), this project's reading of the paper's
+    # words
     return torch.where(share > 0, (1 - counts / share.clamp(min=1e-12)).clamp(min=0), 0.0)
 
 
 def class_balanced(
     score: torch.Tensor, prediction: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """A pixel predicted as c is ranked by w_c * score: score and prediction (...,H,W), weights (C,) -> (...,H,W) float32."""
+    """A pixel predicted as c is ranked by w_c * score: score and prediction (...,H,W), weights (C,)
+    -> (...,H,W) float32."""
     return score * weights.to(score.device, torch.float32)[prediction.long()]
 
 
 class GlobalBudget:
-    """One budget over many images: the `count` best picks of all images together (CBDA's dynamic acquisition).
+    """One budget over many images: the `count` best picks of all images together (CBDA's dynamic
+    acquisition).
 
         budget = GlobalBudget(count)
         for image_id, score in ...:
@@ -312,14 +367,15 @@ class GlobalBudget:
             budget.add(image_id, centres, score[centres[:, 0], centres[:, 1]])
         picks = budget.select()                       # {image_id: (n,2) int64 centres in picking order}
 
-    The paper stacks the scores of all images in one tensor and takes the highest, whatever image they are in. Picks block
-    each other within an image only, so that is the merge of the images' own greedy sequences, which this class makes
-    without the stacked tensor. Where the last of equal scores do not all fit (zeros, often), the images take turns, the smaller
-    id first.
+    The paper stacks the scores of all images in one tensor and takes the highest, whatever image
+    they are in. Picks block each other within an image only, so that is the merge of the images'
+    own greedy sequences, which this class makes without the stacked tensor. Where the last of equal
+    scores do not all fit (zeros, often), the images take turns, the smaller id first.
 
-    Memory: at most 2 * count picks and those of the image just added, 12 bytes each (score, row, column); `add` then throws
-    away what can no longer win. `floor` is the score below which nothing can win any more. Under torch.distributed every
-    process adds its own images, holds its own picks only, and all agree on the threshold.
+    Memory: at most 2 * count picks and those of the image just added, 12 bytes each (score, row,
+    column); `add` then throws away what can no longer win. `floor` is the score below which nothing
+    can win any more. Under torch.distributed every process adds its own images, holds its own picks
+    only, and all agree on the threshold.
     """
 
     def __init__(self, count: int):
@@ -329,9 +385,11 @@ class GlobalBudget:
         self.images: dict = {}  # image id: (scores (n,) float32, never growing; centres (n,2) int32)
 
     def add(self, image_id, centres: torch.Tensor, scores: torch.Tensor) -> None:
-        """Adds an image's picks: `centres` (n,2) integer and `scores` (n,) float, in picking order. One call per image.
+        """Adds an image's picks: `centres` (n,2) integer and `scores` (n,) float, in picking order.
+        One call per image.
 
-        Raises ValueError for an image added twice, and for scores that are NaN, -inf or grow along the picks.
+        Raises ValueError for an image added twice, and for scores that are NaN, -inf or grow along
+        the picks.
         """
         values = scores.detach().float().cpu().numpy() + np.float32(0)  # a copy; -0 becomes 0
         if image_id in self.images:
@@ -349,12 +407,14 @@ class GlobalBudget:
             self.floor = self._keep_best(lambda number: number, lambda items: items)
 
     def select(self) -> dict:
-        """{image_id: (n,2) int64 centres in picking order} of this process's images; images without a pick are left out.
+        """{image_id: (n,2) int64 centres in picking order} of this process's images; images without
+        a pick are left out.
 
-        Sets `threshold`, the lowest score picked (None when nothing is). Exact; the same picks for any number of processes
-        and any order of images. Collective under torch.distributed.
+        Sets `threshold`, the lowest score picked (None when nothing is). Exact; the same picks for
+        any number of processes and any order of images. Collective under torch.distributed.
         """
-        self.threshold = self._keep_best(_sum_over_processes, _gather)
+        # CBDA, dynamic acquisition: the `count` highest scores of all images win
+        self.threshold = self._keep_best(all_reduce_number, all_gather_list)
         return {
             name: torch.from_numpy(centres.astype(np.int64))
             for name, (_, centres) in self.images.items()
@@ -362,16 +422,15 @@ class GlobalBudget:
         }
 
     def _keep_best(self, total, gather) -> float | None:
-        """Cuts every image to its picks among the `count` best of all; returns the lowest score kept.
+        """Cuts every image to its picks among the `count` best of all; returns the lowest score
+        kept.
 
-        `total` and `gather` sum a number and join a list over the processes that share the budget. Scores fall along an
-        image's picks, so what an image keeps is the beginning of its list.
+        `total` and `gather` sum a number and join a list over the processes that share the budget.
+        Scores fall along an image's picks, so what an image keeps is the beginning of its list.
         """
         wanted = min(self.count, total(sum(len(values) for values, _ in self.images.values())))
-        low, high = (
-            -(2**31),
-            2**31 - 1,
-        )  # bisects for the largest score that at least `wanted` picks reach
+        # bisects for the largest score that at least `wanted` picks reach
+        low, high = (-(2**31), 2**31 - 1)
         while wanted and low < high:
             middle = (low + high + 1) // 2
             reached = total(
@@ -398,7 +457,8 @@ class GlobalBudget:
 
 
 def _in_turns(ties: list[tuple], spare: int) -> list[tuple]:
-    """(id, ties) of the images to (id, how many of them win) when the images take turns until `spare` have won."""
+    """(id, ties) of the images to (id, how many of them win) when the images take turns until
+    `spare` have won."""
     numbers = np.array([number for _, number in ties], np.int64)
     low, high = 0, int(numbers.max(initial=0))  # bisects for the most full turns that fit
     while low < high:
@@ -418,7 +478,8 @@ def _at_least(values: np.ndarray, value: np.float32) -> int:
 
 
 def _float(key: int) -> np.float32:
-    """The float32 whose place in the order of all float32 is `key` (an int32): lets a threshold be bisected exactly."""
+    """The float32 whose place in the order of all float32 is `key` (an int32): lets a threshold be
+    bisected exactly."""
     return (
         np.array(key if key >= 0 else key ^ 0x7FFFFFFF, np.int64)
         .astype(np.int32)
@@ -426,60 +487,37 @@ def _float(key: int) -> np.float32:
     )
 
 
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _sum_over_processes(number: int) -> int:
-    if not _distributed():
-        return number
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    total = torch.tensor(number, dtype=torch.int64, device=device)
-    torch.distributed.all_reduce(total)
-    return int(total)
-
-
-def _gather(items: list) -> list:
-    """The items of all processes in one list."""
-    if not _distributed():
-        return items
-    parts = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
-
-
-# ------------------------------------------------------------------------------------------------ STAL: images as queries
+# -------------------------------------------------------------------------- STAL: images as queries
 
 
 def image_uncertainty(prob: torch.Tensor) -> torch.Tensor:
-    """STAL's score of a whole image, Eq. (8): the mean pixel entropy over log C, in [0,1].
-
-    Probabilities (C,H,W) -> 0-dim, (N,C,H,W) -> (N,), float32 on the same device.
-    """
+    """STAL's score of a whole image, in [0,1]: probabilities (C,H,W) -> 0-dim, (N,C,H,W) -> (N,),
+    float32 on the same device."""
+    # STAL Eq. (8): mean_i H_i, here over log C
     return pixel_entropy(prob).mean((-2, -1))
 
 
 def split_by_group(sizes: dict, count: int) -> dict:
-    """How many of `count` images to ask for in each group (city): {group: remaining images} -> {group: quota}.
+    """How many of `count` images to ask for in each group (city): {group: remaining images} ->
+    {group: quota}.
 
-    STAL asks in proportion to the remaining images. The quotas are n_g = count * size_g / sum_h size_h cut to whole images,
-    the missing ones go to the largest remainders (ties: the earlier group). They sum to `count` and no group is asked for
-    more than it has. The official code rounds each (halves to even) with a fixed total of 2975 and gives what is missing or
-    too much to one city, zurich: its quotas need not be near their shares. Raises ValueError for a negative size or a
-    count outside 0..sum of sizes.
+    STAL asks in proportion to the remaining images. The quotas are n_g = count * size_g / sum_h
+    size_h cut to whole images, the missing ones go to the largest remainders (ties: the earlier
+    group). They sum to `count` and no group is asked for more than it has. The official code rounds
+    each (halves to even) with a fixed total of 2975 and gives what is missing or too much to one
+    city, zurich: its quotas need not be near their shares. Raises ValueError for a negative size or
+    a count outside 0..sum of sizes.
     """
     total = sum(sizes.values())
     if min(sizes.values(), default=0) < 0 or not 0 <= count <= total:
         raise ValueError(
             f"cannot ask for {count} of {total} remaining images ({sizes}); ask for at most as many as remain"
         )
-    shares = {
-        group: divmod(count * size, max(total, 1)) for group, size in sizes.items()
-    }  # (whole, remainder * total)
+    # (whole, remainder * total)
+    shares = {group: divmod(count * size, max(total, 1)) for group, size in sizes.items()}
     quotas = {group: whole for group, (whole, _) in shares.items()}
-    largest = sorted(
-        shares, key=lambda group: -shares[group][1]
-    )  # a stable sort: ties keep the order of `sizes`
+    # a stable sort: ties keep the order of `sizes`
+    largest = sorted(shares, key=lambda group: -shares[group][1])
     for group in largest[: count - sum(quotas.values())]:
         quotas[group] += 1
     return quotas

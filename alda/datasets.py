@@ -1,13 +1,15 @@
-"""What are the pixels and the labels? Label spaces, the four datasets, joint transforms, samplers.
+"""Label spaces, the four datasets, joint transforms, samplers. What are the pixels and the labels?
 
     from alda.datasets import open_dataset, JointTransform, TrainingView, EndlessSampler
     source = open_dataset("gta5", "/data")                # /data/gta5/images, /data/gta5/labels
     target = open_dataset("cityscapes", "/data", "train")  # /data/cityscapes/leftImg8bit/train, .../gtFine/train
 
-GTA5: Richter et al., arXiv 1608.02192. SYNTHIA-RAND-CITYSCAPES: Ros et al., CVPR 2016. Cityscapes: Cordts et al.,
-arXiv 1604.01685. ACDC: Sakaridis et al., arXiv 2104.13395. Class-balanced source sampling: RIPU's official code.
+GTA5: Richter et al., arXiv 1608.02192. SYNTHIA-RAND-CITYSCAPES: Ros et al., CVPR 2016. Cityscapes:
+Cordts et al., arXiv 1604.01685. ACDC: Sakaridis et al., arXiv 2104.13395. Class-balanced source
+sampling: RIPU's official code.
 
-Axes: N images, C classes, H rows, W columns. Labels are uint8 train ids 0..18 with 255 = ignore, everywhere.
+Axes: N images, C classes, H rows, W columns. Labels are uint8 train ids 0..18 with 255 = ignore,
+everywhere.
 """
 
 import math
@@ -68,17 +70,17 @@ SYNTHIA_16 = tuple(i for i, c in enumerate(CLASSES) if c.synthia_id is not None)
 SYNTHIA_13 = tuple(i for i in SYNTHIA_16 if NAMES[i] not in ("wall", "fence", "pole"))
 CLASS_SETS = {"19": tuple(range(NUM_CLASSES)), "16": SYNTHIA_16, "13": SYNTHIA_13}
 
-_UNKNOWN = 254  # marks ids that no dataset defines, so that a wrong file is an error and not 19 classes of ignore
-_LARGEST_ID = {
-    "cityscapes": 34,
-    "synthia": 22,
-}  # Cityscapes and GTA5 define 0..33 and the licence plate (34)
+_UNKNOWN = 253  # marks ids that no dataset defines, so that a wrong file is an error and not 19 classes of ignore
+# Cityscapes and GTA5 define 0..33 and the licence plate (34)
+_LARGEST_ID = {"cityscapes": 34, "synthia": 22}
 
 
 def id_map(space: str) -> np.ndarray:
-    """The (256,) uint8 table from raw ids of `space` ("cityscapes", "synthia" or "train") to train ids.
+    """The (256,) uint8 table from raw ids of `space` ("cityscapes", "synthia" or "train") to train
+    ids.
 
-    Known ids without a train id map to 255, ids that the label space does not define to 254 (an error when met).
+    Known ids without a train id map to 255, ids that the label space does not define to 253 (an
+    error when met).
     """
     table = np.full(256, _UNKNOWN, np.uint8)
     if space == "train":
@@ -94,7 +96,8 @@ def id_map(space: str) -> np.ndarray:
 
 
 def to_label_ids(labels: np.ndarray) -> np.ndarray:
-    """Train ids (H,W) uint8 to Cityscapes label ids (H,W) uint8, as the Cityscapes server takes them; 255 becomes 0."""
+    """Train ids (H,W) uint8 to Cityscapes label ids (H,W) uint8, as the Cityscapes server takes
+    them; 255 becomes 0."""
     table = np.zeros(256, np.uint8)
     table[:NUM_CLASSES] = [c.cityscapes_id for c in CLASSES]
     return table[labels]
@@ -107,11 +110,12 @@ def colourise(labels: np.ndarray) -> np.ndarray:
     return palette[labels]
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 class Sample(NamedTuple):
-    """One image of a dataset. `label` is None where a dataset publishes none (Cityscapes and ACDC test)."""
+    """One image of a dataset. `label` is None where a dataset publishes none (Cityscapes and ACDC
+    test)."""
 
     id: str  # unique in its dataset; names the files of a query round
     image: Path
@@ -121,12 +125,12 @@ class Sample(NamedTuple):
 
 
 def read_image(path: Path) -> torch.Tensor:
-    """The image as (3,H,W) uint8 RGB. Raises InputError naming a missing, unreadable or truncated file."""
+    """The image as (3,H,W) uint8 RGB. Raises InputError naming a missing, unreadable or truncated
+    file."""
     try:
         with Image.open(path) as picture:
-            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(
-                2, 0, 1
-            )  # (H,W,3) -> (3,H,W)
+            # (H,W,3) -> (3,H,W)
+            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
     except (OSError, SyntaxError) as error:
         raise InputError(
             f"{path}: cannot be read as an image ({_first_line(error)}); copy it again or remove it"
@@ -136,10 +140,11 @@ def read_image(path: Path) -> torch.Tensor:
 def read_label(path: Path, space: str) -> torch.Tensor:
     """The label file as (H,W) uint8 train ids.
 
-    `space` is "cityscapes" (GTA5, Cityscapes, ACDC: palette or single-channel PNG) or "synthia" (16-bit RGB PNG, class in
-    channel 0; Pillow opens those as 8 bit and silently returns zeros, torchvision reads them). A file that ends in
-    `_labelTrainIds.png` holds train ids. Raises InputError naming the file when it cannot be read, has the wrong kind of
-    channels, or holds ids that the label space does not define.
+    `space` is "cityscapes" (GTA5, Cityscapes, ACDC: palette or single-channel PNG) or "synthia"
+    (16-bit RGB PNG, class in channel 0; Pillow opens those as 8 bit and silently returns zeros,
+    torchvision reads them). A file that ends in `_labelTrainIds.png` holds train ids. Raises
+    InputError naming the file when it cannot be read, has the wrong kind of channels, or holds ids
+    that the label space does not define.
     """
     try:
         if space == "synthia":
@@ -177,10 +182,12 @@ def _first_line(error: Exception) -> str:
 
 
 class SegmentationDataset(Dataset):
-    """A list of images with labels: `dataset[i]` is (image (3,H,W) uint8, labels (H,W) uint8 train ids).
+    """A list of images with labels: `dataset[i]` is (image (3,H,W) uint8, labels (H,W) uint8 train
+    ids).
 
-    The list is checked once: every image must have a label (where the split has any), every header must be readable;
-    an image whose label has another size is left out, with one warning line (GTA5 has a few of them).
+    The list is checked once: every image must have a label (where the split has any), every header
+    must be readable; an image whose label has another size is left out, with one warning line (GTA5
+    has a few of them).
     """
 
     def __init__(self, name: str, samples: list[Sample], space: str):
@@ -198,6 +205,11 @@ class SegmentationDataset(Dataset):
             raise InputError(f"{sample.image}: this split publishes no labels")
         return read_label(sample.label, self.space)
 
+    def classes(self, index: int) -> torch.Tensor:
+        """Which classes the image holds: (C,) bool."""
+        counts = torch.bincount(self.labels(index).flatten().long(), minlength=256)
+        return counts[:NUM_CLASSES] > 0
+
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.image(index), self.labels(index)
 
@@ -214,8 +226,9 @@ ACDC_CONDITIONS = ("fog", "night", "rain", "snow")
 def open_dataset(name: str, root: str | Path, split: str = "train") -> SegmentationDataset:
     """Lists the dataset `name` ("gta5", "synthia", "cityscapes", "acdc") below `root`/`name`.
 
-    `split` is "train", "val" or "test" for Cityscapes and ACDC; the sources have one split only. Raises InputError with
-    the folder looked for, what belongs in it and where it is obtained; and for images without labels.
+    `split` is "train", "val" or "test" for Cityscapes and ACDC; the sources have one split only.
+    Raises InputError with the folder looked for, what belongs in it and where it is obtained; and
+    for images without labels.
     """
     if name not in _WHERE:
         raise InputError(f"unknown dataset {name!r}; known: {', '.join(_WHERE)}")
@@ -275,7 +288,8 @@ def _list_acdc(base: Path, split: str) -> list[tuple]:
 
 
 def _pick_label(folder: Path, stem: str, split: str) -> Path | None:
-    """The train-id file where there is one, else the label-id file (the official one); None for the test split."""
+    """The train-id file where there is one, else the label-id file (the official one); None for the
+    test split."""
     train_ids = folder / f"{stem}_labelTrainIds.png"
     if split == "test":
         return None
@@ -313,7 +327,33 @@ def _header_size(path: Path) -> tuple[int, int]:
         ) from None
 
 
-# ----------------------------------------------------------------------------------------------------------- transforms
+# ------------------------------------------------------------------------------- sizes
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "1280x640" (width x height, as people write it) to (640, 1280), the (H, W) used in the
+    code."""
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise InputError(f"a size is WIDTHxHEIGHT, for example 1280x640; got {text!r}") from None
+    if min(width, height) < 1:
+        raise InputError(f"a size is WIDTHxHEIGHT with both at least 1; got {text!r}")
+    return height, width
+
+
+def parse_scale(text: str) -> tuple[float, float]:
+    """ "0.5,1.5" to (0.5, 1.5)."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low, high = 0.0, 0.0
+    if not 0 < low <= high < math.inf:
+        raise InputError(f"--scale is LOW,HIGH, for example 0.5,1.5; got {text!r}")
+    return low, high
+
+
+# --------------------------------------------------------------------------------------- transforms
 
 
 def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -324,9 +364,9 @@ def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def resize_labels(labels: torch.Tensor, size: tuple[int, int], keep: bool = False) -> torch.Tensor:
     """(H,W) uint8 train ids to `size` by nearest neighbour (the pixel at the cell's centre).
 
-    With `keep`, a cell whose centre pixel has no label (255, or a PSEUDO label) takes one from any labelled pixel that
-    falls into it, the first in raster order, so that sparse labels that were paid for are not lost in the resizing
-    (--keep-labels).
+    With `keep`, a cell whose centre pixel has no label (255, or a PSEUDO label) takes one from any
+    labelled pixel that falls into it, the first in raster order, so that sparse labels that were
+    paid for are not lost in the resizing (--keep-labels).
     """
     if tuple(labels.shape) == tuple(size):
         return labels
@@ -338,9 +378,8 @@ def resize_labels(labels: torch.Tensor, size: tuple[int, int], keep: bool = Fals
     cell = ((2 * rows + 1) * size[0] // (2 * height)) * size[1] + (2 * cols + 1) * size[1] // (
         2 * width
     )
-    order = torch.arange(len(cell)).flip(
-        0
-    )  # numpy keeps the last value written: write backwards, the first wins
+    # numpy keeps the last value written: write backwards, the first wins
+    order = torch.arange(len(cell)).flip(0)
     filled = np.full(size[0] * size[1], IGNORE, np.uint8)
     filled[cell[order].numpy()] = labels[rows, cols][order].numpy()
     bought = torch.from_numpy(filled).view(*size)
@@ -351,8 +390,9 @@ def resize_labels(labels: torch.Tensor, size: tuple[int, int], keep: bool = Fals
 class JointTransform:
     """Resize, scale, crop, flip and normalise an image together with its labels.
 
-    Called as `transform(image (3,H,W) uint8, labels (H,W) uint8, generator)`; gives (3,h,w) float32 normalised with
-    ImageNet's mean and deviation, and (h,w) uint8. What the crop adds beyond the image is 255 in the labels.
+    Called as `transform(image (3,H,W) uint8, labels (H,W) uint8, generator)`; gives (3,h,w) float32
+    normalised with ImageNet's mean and deviation, and (h,w) uint8. What the crop adds beyond the
+    image is 255 in the labels.
     """
 
     size: tuple[int, int] | None = None  # (H, W) to resize to; None keeps the file's size
@@ -386,7 +426,8 @@ class JointTransform:
         return image, labels
 
     def _crop(self, image, labels, generator):
-        """A window of size `crop`, at a place that `crop_at` chooses or at a random one; smaller images are padded first."""
+        """A window of size `crop`, at a place that `crop_at` chooses or at a random one; smaller
+        images are padded first."""
         pad_h, pad_w = (
             max(0, crop - have) for crop, have in zip(self.crop, labels.shape, strict=True)
         )
@@ -406,37 +447,36 @@ def normalise(image: torch.Tensor) -> torch.Tensor:
     return F.normalize(F.to_dtype(image, torch.float32, scale=True), IMAGENET_MEAN, IMAGENET_STD)
 
 
-class ImagesOnly(Dataset):
-    """The images of a dataset without their labels, in order: (3,H,W) uint8 (for scoring the target set)."""
+class EachImage(Dataset):
+    """`read(0)`, `read(1)`, ...: what a DataLoader needs to load one thing of every image.
 
-    def __init__(self, dataset: SegmentationDataset):
-        self.dataset = dataset
+    load(EachImage(len(target), target.image), workers, batch_size=None)     # the images, in order
+    """
+
+    def __init__(self, length: int, read: Callable):
+        self.length, self.read = length, read
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self.length
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.dataset.image(index)
-
-
-class LabelsOnly(ImagesOnly):
-    """The labels of a dataset without their images, in order: (H,W) uint8 (for spatial priors)."""
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.dataset.labels(index)
+    def __getitem__(self, index: int):
+        return self.read(index)
 
 
 def load(dataset: Dataset, workers: int, **options) -> DataLoader:
-    """A DataLoader that leaves torch's global random state alone (it would draw from it at every start)."""
+    """A DataLoader that leaves torch's global random state alone (it would draw from it at every
+    start)."""
     return DataLoader(dataset, num_workers=workers, generator=torch.Generator(), **options)
 
 
 class TrainingView(Dataset):
-    """A dataset seen through a JointTransform, indexed by the (draw, index) pairs of EndlessSampler.
+    """A dataset seen through a JointTransform, indexed by the (draw, index) pairs of
+    EndlessSampler.
 
-    The augmentation of a sample depends on the seed and its draw number alone, never on the process that loads it: the
-    same run gives the same bits with any number of workers. `labels_of(index)`, where given, replaces the dataset's own
-    labels ((H,W) uint8; for queried targets: the union of the answers so far).
+    The augmentation of a sample depends on the seed and its draw number alone, never on the process
+    that loads it: the same run gives the same bits with any number of workers. `labels_of(index)`,
+    where given, replaces the dataset's own labels ((H,W) uint8; for queried targets: the union of
+    the answers so far).
     """
 
     def __init__(
@@ -452,15 +492,18 @@ class TrainingView(Dataset):
 
 
 def truth_inside(dataset: SegmentationDataset, index: int) -> torch.Tensor:
-    """The truth of an image with 254 where it says nothing, so that after a crop 255 marks what lies outside the image."""
+    """The truth of an image with 254 where it says nothing, so that after a crop 255 marks what
+    lies outside the image."""
     labels = dataset.labels(index)
     return labels.masked_fill(labels == IGNORE, NO_TRUTH)
 
 
 class Mixture(Dataset):
-    """Images of several TrainingViews as one list: `entries[k]` is (number of the view, index in its dataset).
+    """Images of several TrainingViews as one list: `entries[k]` is (number of the view, index in
+    its dataset).
 
-    Indexed by the (draw, k) of EndlessSampler; gives image, labels and the index in the image's own dataset.
+    Indexed by the (draw, k) of EndlessSampler; gives image, labels and the index in the image's own
+    dataset.
     """
 
     def __init__(self, views: list[TrainingView], entries: list[tuple[int, int]]):
@@ -475,11 +518,12 @@ class Mixture(Dataset):
         return (*self.views[view][draw, index], index)
 
 
-# ------------------------------------------------------------------------------------------------------------- samplers
+# ----------------------------------------------------------------------------------------- samplers
 
 
 def mix_seed(*parts: int) -> int:
-    """One 63-bit seed from several integers; different parts give unrelated streams (numpy's SeedSequence)."""
+    """One 63-bit seed from several integers; different parts give unrelated streams (numpy's
+    SeedSequence)."""
     return int(
         np.random.SeedSequence([p & 0xFFFFFFFF for p in parts]).generate_state(1, np.uint64)[0] >> 1
     )
@@ -488,10 +532,10 @@ def mix_seed(*parts: int) -> int:
 class EndlessSampler(Sampler):
     """Yields (draw, index) for ever: draw counts 0, 1, 2, ... and index is the image drawn.
 
-    Each pass over the data is a fresh permutation, a pure function of (seed, pass); so the whole state is the draw
-    number. `state_dict()` / `load_state_dict()` save and restore it. With `world` processes, process `rank` gets the
-    draws d with d % world == rank. With `presence` ((N,C) bool, which image holds which class) a pass is the
-    class-balanced order of `balanced_order`.
+    Each pass over the data is a fresh permutation, a pure function of (seed, pass); so the whole
+    state is the draw number. `state_dict()` / `load_state_dict()` save and restore it. With `world`
+    processes, process `rank` gets the draws d with d % world == rank. With `presence` ((N,C) bool,
+    which image holds which class) a pass is the class-balanced order of `balanced_order`.
     """
 
     def __init__(
@@ -541,10 +585,12 @@ class EndlessSampler(Sampler):
 def balanced_order(
     presence: np.ndarray, rng: np.random.Generator, sub_epoch: int = 3000
 ) -> np.ndarray:
-    """One sub-epoch of class-balanced source images (RIPU's official code; the paper is silent): indices, int64.
+    """One sub-epoch of class-balanced source images (RIPU's official code; the paper is silent):
+    indices, int64.
 
-    A class is drawn with probability proportional to 1 / log(1.01 + its share of the draws so far), then an image that
-    holds it and is not used yet in this sub-epoch. Classes with no unused image left are not drawn. `presence` (N,C) bool.
+    A class is drawn with probability proportional to 1 / log(1.01 + its share of the draws so far),
+    then an image that holds it and is not used yet in this sub-epoch. Classes with no unused image
+    left are not drawn. `presence` (N,C) bool.
     """
     images, classes = presence.shape
     queues = [list(rng.permutation(np.flatnonzero(presence[:, c]))) for c in range(classes)]
@@ -567,20 +613,7 @@ def balanced_order(
 
 
 def class_presence(dataset: SegmentationDataset, workers: int = 0) -> np.ndarray:
-    """Which image holds which class: (N,C) bool, from one read of every label file (published lists are not needed)."""
-    rows = load(_Presence(dataset), workers, batch_size=None)
+    """Which image holds which class: (N,C) bool, from one read of every label file (published lists
+    are not needed)."""
+    rows = load(EachImage(len(dataset), dataset.classes), workers, batch_size=None)
     return np.stack([row.numpy() for row in rows])
-
-
-class _Presence(Dataset):
-    def __init__(self, dataset: SegmentationDataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return (
-            torch.bincount(self.dataset.labels(index).flatten().long(), minlength=256)[:NUM_CLASSES]
-            > 0
-        )

@@ -1,9 +1,11 @@
-"""The segmentation networks: DeepLabV2 and DeepLabV3+ on torchvision ResNets, as the compared systems build them.
+"""The segmentation networks: DeepLabV2 and DeepLabV3+ on torchvision ResNets, as the compared
+systems build them.
 
     from alda.deeplab import build, load_checkpoint, parameter_groups, upsample
 
-Papers: DeepLabV2 (Chen et al., arXiv 1606.00915), DeepLabV3+ (Chen et al., arXiv 1802.02611), and the networks of
-RIPU (arXiv 2111.12940), STAL (arXiv 2301.13361) and CRST (arXiv 1908.09822), whose recorded logits are the tests here.
+Papers: DeepLabV2 (Chen et al., arXiv 1606.00915), DeepLabV3+ (Chen et al., arXiv 1802.02611), and
+the networks of RIPU (arXiv 2111.12940), STAL (arXiv 2301.13361) and CRST (arXiv 1908.09822), whose
+recorded logits are the tests here.
 
 Which arguments give which official network (all on ResNet-101, 19 classes):
 
@@ -45,25 +47,24 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from alda import InputError
 
-BACKBONES = {
-    "resnet18": 1,
-    "resnet50": 4,
-    "resnet101": 4,
-}  # name: width of layer1, layer3, layer4 in units of 64, 256, 512
+# name: width of layer1, layer3, layer4 in units of 64, 256, 512
+BACKBONES = {"resnet18": 1, "resnet50": 4, "resnet101": 4}
 HIDDEN = 256  # features inside STAL's heads
 DROPOUT = 0.1  # channel dropout of every V3+ head (RIPU classifier.py; STAL decoder.py)
 
 
-# ---------------------------------------------------------------------------------------------------------------- parts
+# -------------------------------------------------------------------------------------------- parts
 
 
 def upsample(logits, size):
-    """Resize (N,C,h,w) maps, float, to (N,C,*size): bilinear, align_corners=True as in every official network."""
+    """Resize (N,C,h,w) maps, float, to (N,C,*size): bilinear, align_corners=True as in every
+    official network."""
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
 
 
 def _norm_layer(batch_norm):
-    """What makes a normalisation layer: "frozen" is buffers only, eps 0 (detail 3); "live" nn.BatchNorm2d, eps 1e-5."""
+    """What makes a normalisation layer: "frozen" is buffers only, eps 0 (detail 3); "live"
+    nn.BatchNorm2d, eps 1e-5."""
     if batch_norm not in ("frozen", "live"):
         raise InputError(f"batch norm is 'frozen' or 'live', not {batch_norm!r}")
     return partial(FrozenBatchNorm2d, eps=0.0) if batch_norm == "frozen" else nn.BatchNorm2d
@@ -78,7 +79,8 @@ def _conv_norm(inputs, outputs, kernel, norm, dilation=1, bias=False):
 
 
 def _separable(inputs, outputs, norm, dilation=1):
-    """A 3x3 convolution within each channel, then a 1x1 across channels, each with normalisation and ReLU."""
+    """A 3x3 convolution within each channel, then a 1x1 across channels, each with normalisation
+    and ReLU."""
     depthwise = nn.Conv2d(
         inputs, inputs, 3, padding=dilation, dilation=dilation, groups=inputs, bias=False
     )
@@ -88,7 +90,8 @@ def _separable(inputs, outputs, norm, dilation=1):
 
 
 def _small_head(inputs, outputs, depth, norm):
-    """STAL's classifier, representation (depth 2), auxiliary (depth 1) heads: 3x3 layers with dropout, then a 1x1."""
+    """STAL's classifier, representation (depth 2), auxiliary (depth 1) heads: 3x3 layers with
+    dropout, then a 1x1."""
     layers = []
     for k in [inputs, HIDDEN][:depth]:
         layers += [*_conv_norm(k, HIDDEN, 3, norm, bias=True), nn.Dropout2d(DROPOUT)]
@@ -96,10 +99,12 @@ def _small_head(inputs, outputs, depth, norm):
 
 
 def _dilate(layer, before, after, grid=None):
-    """Trade the stride of a ResNet layer for dilation, in place; the dilations of block i are multiplied by grid[i].
+    """Trade the stride of a ResNet layer for dilation, in place; the dilations of block i are
+    multiplied by grid[i].
 
-    The 3x3 convolution that had the stride takes the dilation `before`, all later ones `after`. This is torchvision's
-    `replace_stride_with_dilation` for Bottleneck blocks, and the same rule for BasicBlock, which torchvision refuses.
+    The 3x3 convolution that had the stride takes the dilation `before`, all later ones `after`.
+    This is torchvision's `replace_stride_with_dilation` for Bottleneck blocks, and the same rule
+    for BasicBlock, which torchvision refuses.
     """
     dilation = before
     for i, block in enumerate(layer):
@@ -119,9 +124,10 @@ class Backbone(nn.Module):
     multi_grid  factors on the dilations of layer4's three blocks (resnet18 has two and uses the first two)
     caffe       True for CRST's network (detail 7)
 
-    `forward(images (N,3,H,W) float) -> (layer1 (N,K1,H/4,W/4), layer3 (N,K3,H/8,W/8), layer4 (N,K4,H/8,W/8))`, sizes
-    rounded up (one more where a pooling has ceil_mode and H/2 is even); `widths` is (K1, K3, K4): (256, 1024, 2048),
-    resnet18 (64, 256, 512). Raises InputError for arguments that make no network.
+    `forward(images (N,3,H,W) float) -> (layer1 (N,K1,H/4,W/4), layer3 (N,K3,H/8,W/8), layer4
+    (N,K4,H/8,W/8))`, sizes rounded up (one more where a pooling has ceil_mode and H/2 is even);
+    `widths` is (K1, K3, K4): (256, 1024, 2048), resnet18 (64, 256, 512). Raises InputError for
+    arguments that make no network.
     """
 
     def __init__(self, name, batch_norm, stem="torchvision", multi_grid=(1, 1, 1), caffe=False):
@@ -161,7 +167,8 @@ class Backbone(nn.Module):
 
 
 def _deepen_stem(net, norm):
-    """Give a bottleneck ResNet STAL's stem, in place: 3x3 convolutions to 64, 64, 128 features instead of one 7x7."""
+    """Give a bottleneck ResNet STAL's stem, in place: 3x3 convolutions to 64, 64, 128 features
+    instead of one 7x7."""
 
     def conv(inputs, outputs, kernel, stride=1):
         layer = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
@@ -175,7 +182,8 @@ def _deepen_stem(net, norm):
 
 
 class _ImagePool(nn.Module):
-    """The image-level branch of an ASPP: the mean over the image, a 1x1 layer, spread over the map again."""
+    """The image-level branch of an ASPP: the mean over the image, a 1x1 layer, spread over the map
+    again."""
 
     def __init__(self, inputs, outputs, norm):
         super().__init__()
@@ -191,7 +199,8 @@ class _ImagePool(nn.Module):
 
 
 class _ASPP(nn.Module):
-    """Atrous spatial pyramid pooling (1802.02611): branches on (N,K,h,w), concatenated, then a 3x3 layer."""
+    """Atrous spatial pyramid pooling (1802.02611): branches on (N,K,h,w), concatenated, then a 3x3
+    layer."""
 
     def __init__(self, branches, width, norm):
         super().__init__()
@@ -199,13 +208,13 @@ class _ASPP(nn.Module):
         self.project = _conv_norm(len(branches) * width, width, 3, norm)
 
     def forward(self, features):
-        return self.project(
-            torch.cat([branch(features) for branch in self.branches], dim=1)
-        )  # (N,5K,h,w) -> (N,K,h,w)
+        # (N,5K,h,w) -> (N,K,h,w)
+        return self.project(torch.cat([branch(features) for branch in self.branches], dim=1))
 
 
 class _SumOfBranches(nn.Module):
-    """DeepLabV2's classifier: logits = sum_r conv3x3_r(features), dilations r = 6, 12, 18, 24, with bias (detail 2)."""
+    """DeepLabV2's classifier: logits = sum_r conv3x3_r(features), dilations r = 6, 12, 18, 24, with
+    bias (detail 2)."""
 
     def __init__(self, inputs, num_classes):
         super().__init__()
@@ -219,11 +228,12 @@ class _SumOfBranches(nn.Module):
         return sum(branch(features) for branch in self.branches)
 
 
-# ------------------------------------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------------- networks
 
 
 class DeepLabV2(nn.Module):
-    """DeepLabV2: a ResNet at output stride 8 and the sum of four dilated classifiers (module docstring, detail 2).
+    """DeepLabV2: a ResNet at output stride 8 and the sum of four dilated classifiers (module
+    docstring, detail 2).
 
     num_classes                  C
     backbone, batch_norm         name and batch_norm of the `Backbone`
@@ -232,9 +242,9 @@ class DeepLabV2(nn.Module):
     auxiliary                    True adds a classifier on layer3, for training (STAL)
     stem, multi_grid, caffe      handed to the `Backbone`
 
-    `model(images)` takes (N,3,H,W) float (RGB, ImageNet mean and deviation) and gives logits (N,C,h,w) at stride 8.
-    `model(images, extras=True)` gives (logits, representation (N,K,h,w) or None, auxiliary logits (N,C,h,w) or None).
-    Raises InputError for arguments that make no network.
+    `model(images)` takes (N,3,H,W) float (RGB, ImageNet mean and deviation) and gives logits
+    (N,C,h,w) at stride 8. `model(images, extras=True)` gives (logits, representation (N,K,h,w) or
+    None, auxiliary logits (N,C,h,w) or None). Raises InputError for arguments that make no network.
     """
 
     def __init__(
@@ -270,8 +280,9 @@ class DeepLabV3Plus(nn.Module):
     aspp  "separable" (RIPU): depthwise separable branches 6/12/18, width 512, 48 detail features, separable decoder;
           "dense" (STAL): 3x3 branches 12/24/36, width 256, 256 detail features, decoder of two 3x3 convolutions.
 
-    The other arguments, `forward` and errors are those of DeepLabV2; logits and representation have stride 4, auxiliary
-    logits stride 8. Training with live batch norm on a single image raises InputError.
+    The other arguments, `forward` and errors are those of DeepLabV2; logits and representation have
+    stride 4, auxiliary logits stride 8. Training with live batch norm on a single image raises
+    InputError.
     """
 
     def __init__(
@@ -299,7 +310,8 @@ class DeepLabV3Plus(nn.Module):
         self.description = f"DeepLabV3Plus ({backbone}, {num_classes} classes, {batch_norm} batch norm, aspp {aspp})"
 
     def _separable_head(self, num_classes, norm, width=512, detail=48):
-        """RIPU's head (core/models/classifier.py); returns the number of features its decoder reads."""
+        """RIPU's head (core/models/classifier.py); returns the number of features its decoder
+        reads."""
         low, _, deep = self.backbone.widths
         branches = [
             _conv_norm(deep, width, 1, norm),
@@ -317,7 +329,8 @@ class DeepLabV3Plus(nn.Module):
         return width + detail
 
     def _dense_head(self, num_classes, norm, width=HIDDEN, detail=256):
-        """STAL's head (stal/models/decoder.py); returns the number of features its decoder reads."""
+        """STAL's head (stal/models/decoder.py); returns the number of features its decoder
+        reads."""
         low, _, deep = self.backbone.widths
         branches = [
             _conv_norm(deep, width, 1, norm),
@@ -333,9 +346,8 @@ class DeepLabV3Plus(nn.Module):
         low, middle, deep = self.backbone(images)
         detail = self.shortcut(low)  # (N,48,H/4,W/4) or (N,256,H/4,W/4)
         context = upsample(self.aspp(deep), low.shape[2:])  # (N,K,H/8,W/8) -> (N,K,H/4,W/4)
-        features = torch.cat(
-            (detail, context) if self.dense else (context, detail), dim=1
-        )  # detail 5
+        # detail 5
+        features = torch.cat((detail, context) if self.dense else (context, detail), dim=1)
         return _outputs(self, features, middle, extras)
 
 
@@ -350,7 +362,8 @@ def _add_extras(model, features, num_classes, representation, auxiliary, norm):
 
 
 def _outputs(model, features, middle, extras):
-    """Logits alone, or (logits, representation, auxiliary logits) with None for a head that was not built."""
+    """Logits alone, or (logits, representation, auxiliary logits) with None for a head that was not
+    built."""
     logits = model.classifier(features)
     if not extras:
         return logits
@@ -373,8 +386,9 @@ def build(
     init     "imagenet": torchvision's IMAGENET1K_V1 in the backbone, downloaded once; "none": random (live batch norm
              only); else the path of a file for `load_checkpoint`, read with `which`
 
-    Raises InputError: unknown name, random weights under frozen batch norm, ImageNet weights neither at hand nor
-    downloadable (the message names the file and its folder), a file that does not fit.
+    Raises InputError: unknown name, random weights under frozen batch norm, ImageNet weights
+    neither at hand nor downloadable (the message names the file and its folder), a file that does
+    not fit.
     """
     classes = {"deeplabv2": DeepLabV2, "deeplabv3plus": DeepLabV3Plus}
     if net not in classes:
@@ -401,10 +415,11 @@ def build(
 
 
 def parameter_groups(model, lr, head_factor=10.0):
-    """Two groups for torch.optim.SGD: the backbone at `lr`, all heads at head_factor * lr (10 in RIPU, STAL and CRST).
+    """Two groups for torch.optim.SGD: the backbone at `lr`, all heads at head_factor * lr (10 in
+    RIPU, STAL and CRST).
 
-    Only parameters that require a gradient. A group's "factor" is its multiple of the base rate, for schedules:
-    `group["lr"] = rate(step) * group["factor"]`.
+    Only parameters that require a gradient. A group's "factor" is its multiple of the base rate,
+    for schedules: `group["lr"] = rate(step) * group["factor"]`.
     """
     parts = {True: [], False: []}
     for name, parameter in model.named_parameters():
@@ -417,9 +432,10 @@ def parameter_groups(model, lr, head_factor=10.0):
     ]
 
 
-# -------------------------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------ weights
 
-# Official names to ours, as (pattern, replacement) applied in this order; what becomes "" is left out.
+# Official names to ours, as (pattern, replacement) applied in this order; what becomes "" is left
+# out.
 RIPU_NAMES = (
     (r"^conv2d_list\.", "classifier.branches."),
     (r"^parallel_branches\.", "aspp.branches."),
@@ -450,7 +466,8 @@ TORCHVISION_NAMES = ((r"^fc\..*", ""), (r"^(?=.)", "backbone."))
 
 
 def _rename(state, names):
-    """{our name: tensor} of a state dict with official names; drops a leading "module.", keeps unknown names."""
+    """{our name: tensor} of a state dict with official names; drops a leading "module.", keeps
+    unknown names."""
     renamed = {}
     for name, tensor in state.items():
         name = str(name).removeprefix("module.")
@@ -470,12 +487,14 @@ def load_checkpoint(model, path, which="model"):
     "crst"         one flat state dict with layer5.conv2d_list
     "torchvision"  one flat state dict of a classification ResNet (own ImageNet file): fills the backbone only
 
-    `which` is "model" or "teacher", for layouts that hold both. Names may carry "module.". Only tensors and plain
-    values are unpickled (weights_only=True, and NumPy scalars, which official files hold as scores). Strict: raises
-    InputError that lists the missing, unexpected and mis-shaped names, and changes nothing, when the file does not
-    fit; only `num_batches_tracked` may be missing or too many, so files pass between frozen and live batch norm. A
-    representation or auxiliary head of which the file holds nothing stays as it is, and a line says so.
-    Weights trained with live batch norm (epsilon 1e-5) change their function slightly under frozen (no epsilon).
+    `which` is "model" or "teacher", for layouts that hold both. Names may carry "module.". Only
+    tensors and plain values are unpickled (weights_only=True, and NumPy scalars, which official
+    files hold as scores). Strict: raises InputError that lists the missing, unexpected and
+    mis-shaped names, and changes nothing, when the file does not fit; only `num_batches_tracked`
+    may be missing or too many, so files pass between frozen and live batch norm. A representation
+    or auxiliary head of which the file holds nothing stays as it is, and a line says so. Weights
+    trained with live batch norm (epsilon 1e-5) change their function slightly under frozen (no
+    epsilon).
     """
     if which not in ("model", "teacher"):
         raise InputError(f"which is 'model' or 'teacher', not {which!r}")
@@ -494,7 +513,8 @@ def load_checkpoint(model, path, which="model"):
 
 
 def read(path):
-    """The dictionary in a torch file, read without running any code of the file. Raises InputError."""
+    """The dictionary in a torch file, read without running any code of the file. Raises
+    InputError."""
     if not os.path.isfile(path):
         raise InputError(
             f"no file {path}: expected a checkpoint of this package, RIPU, STAL, CRST or torchvision"
@@ -502,9 +522,8 @@ def read(path):
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except (
-            pickle.UnpicklingError
-        ):  # a NumPy scalar, perhaps: STAL's files hold their best mIoU as one
+        # a NumPy scalar, perhaps: STAL's files hold their best mIoU as one
+        except pickle.UnpicklingError:
             scalar = np.float64(0).__reduce__()[0]  # NumPy's own maker of scalars; NumPy 2 moved it
             names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
             kinds = [type(np.dtype(kind)) for kind in ("float32", "float64", "int64")]
@@ -559,7 +578,8 @@ def _state_of(content, which, path):
 
 
 def _fill(model, state, prefix, source):
-    """Load `state` into all entries of `model` named `prefix`..., or raise InputError and change nothing."""
+    """Load `state` into all entries of `model` named `prefix`..., or raise InputError and change
+    nothing."""
     own = model.state_dict()
     wanted = {name: tensor.shape for name, tensor in own.items() if name.startswith(prefix)}
     found = {name: getattr(tensor, "shape", None) for name, tensor in state.items()}
@@ -585,7 +605,8 @@ def _fill(model, state, prefix, source):
 
 
 def _imagenet_weights(backbone):
-    """torchvision's IMAGENET1K_V1 state dict in our names, without the 1000-class layer, from torch hub's folder."""
+    """torchvision's IMAGENET1K_V1 state dict in our names, without the 1000-class layer, from torch
+    hub's folder."""
     weights = torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"]
     try:
         state = weights.get_state_dict(progress=True, check_hash=True)

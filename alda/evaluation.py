@@ -1,11 +1,13 @@
-"""How good is it? Confusion matrix, IoU over 19/16/13 classes, named test protocols, prediction export, pictures.
+"""Confusion matrix, IoU over 19/16/13 classes, protocols, export, pictures, comparison. How good is
+it?
 
     python -m alda.evaluation score   RUN_OR_CHECKPOINT --tgt cityscapes --root /data --protocol sliding
     python -m alda.evaluation predict RUN_OR_CHECKPOINT --tgt cityscapes --root /data --split test --to predictions/
     python -m alda.evaluation compare RUN RUN ... --csv table.csv --plot curve.png
     from alda.evaluation import confusion_matrix, iou
 
-Axes: N images, C classes, H rows, W columns. Prediction and labels are (…,H,W) integer train ids, 255 = ignore.
+Axes: N images, C classes, H rows, W columns. Prediction and labels are (…,H,W) integer train ids,
+255 = ignore.
 """
 
 import argparse
@@ -29,21 +31,24 @@ from alda.datasets import (
     colourise,
     normalise,
     open_dataset,
+    parse_size,
     resize_image,
     to_label_ids,
 )
-from alda.processes import add_up, rank_and_number
+from alda.distributed import all_reduce, rank_and_world
 
-# -------------------------------------------------------------------------------------------------------------- measure
+# ------------------------------------------------------------------------------------------ measure
 
 
 def confusion_matrix(
     prediction: torch.Tensor, labels: torch.Tensor, num_classes: int = NUM_CLASSES
 ) -> torch.Tensor:
-    """Pixel counts (num_classes, num_classes) int64, rows = truth, columns = predicted, on the inputs' device.
+    """Pixel counts (num_classes, num_classes) int64, rows = truth, columns = predicted, on the
+    inputs' device.
 
-    Pixels whose label is outside 0..num_classes-1 (255 = ignore) are left out. Raises ValueError where a counted pixel's
-    prediction is outside 0..num_classes-1: it would be lost or counted as another class.
+    Pixels whose label is outside 0..num_classes-1 (255 = ignore) are left out. Raises ValueError
+    where a counted pixel's prediction is outside 0..num_classes-1: it would be lost or counted as
+    another class.
     """
     valid = (labels >= 0) & (labels < num_classes)
     wrong = valid & ((prediction < 0) | (prediction >= num_classes))
@@ -56,14 +61,16 @@ def confusion_matrix(
 
 
 def iou(matrix: torch.Tensor) -> torch.Tensor:
-    """IoU_c = TP / (TP + FP + FN) for each class, (C,) float64; NaN where the class is in neither labels nor predictions."""
+    """IoU_c = TP / (TP + FP + FN) for each class, (C,) float64; NaN where the class is in neither
+    labels nor predictions."""
     true_positive = matrix.diagonal().double()
     union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
     return true_positive / union.double()  # 0/0 is NaN
 
 
 def summary(matrix: torch.Tensor) -> dict:
-    """mIoU over 19, 16 and 13 classes (fractions), the lowest class, per-class IoU, and the classes left out as absent.
+    """mIoU over 19, 16 and 13 classes (fractions), the lowest class, per-class IoU, and the classes
+    left out as absent.
 
     The mean is over the classes of the set that occur in labels or predictions.
     """
@@ -106,12 +113,13 @@ def describe(result: dict) -> str:
     return "\n".join([*lines, means])
 
 
-# ------------------------------------------------------------------------------------------------------------ protocols
+# ---------------------------------------------------------------------------------------- protocols
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a test image becomes a prediction at the size of its labels. `str(protocol)` stands beside every number."""
+    """How a test image becomes a prediction at the size of its labels. `str(protocol)` stands
+    beside every number."""
 
     name: str
     size: tuple[int, int] | None = None  # (H, W) the image is resized to; None: its own size
@@ -132,10 +140,17 @@ PROTOCOLS = {
 }
 
 
+def protocol_of(s):
+    """The protocol of a run's reports: `ripu` tests at the training size of the target unless
+    --test-size says otherwise."""
+    return protocol_named(s.protocol, s.test_hw or (s.target_hw if s.protocol == "ripu" else None))
+
+
 def protocol_named(
     name: str, size: tuple[int, int] | None = None, window: int | None = None
 ) -> Protocol:
-    """A protocol by name; `size` (H, W) and `window` replace its own (small data); the text says what was used."""
+    """A protocol by name; `size` (H, W) and `window` replace its own (small data); the text says
+    what was used."""
     if name not in PROTOCOLS:
         raise InputError(f"unknown protocol {name!r}; known: {', '.join(PROTOCOLS)}")
     protocol = PROTOCOLS[name]
@@ -144,23 +159,31 @@ def protocol_named(
     return replace(protocol, window=window) if window and protocol.window else protocol
 
 
+def network_logits(model, image: torch.Tensor, size, device, mirror: bool = False) -> torch.Tensor:
+    """Logits (C,H,W) float32 of one image (3,H,W) uint8 at its own size; the network sees it at
+    `size` (H, W). With `mirror` it sees the mirror image, and its logits are mirrored back."""
+    x = normalise(resize_image(image, size).to(device))[None]
+    logits = model(x.flip(-1) if mirror else x)
+    logits = deeplab.upsample(logits.float(), image.shape[-2:])[0]
+    return logits.flip(-1) if mirror else logits
+
+
 @torch.no_grad()
 def predict_prob(model, image: torch.Tensor, protocol: Protocol, device) -> torch.Tensor:
-    """Class probabilities of one image (3,H,W) uint8 at its own size: (C,H,W) float32 on `device`; model in eval mode."""
-    height, width = image.shape[-2:]
-    x = normalise(resize_image(image, protocol.size or (height, width)).to(device))[None]
+    """Class probabilities of one image (3,H,W) uint8 at its own size: (C,H,W) float32 on `device`;
+    model in eval mode."""
+    size = protocol.size or tuple(image.shape[-2:])
     if protocol.window:
-        prob = _sliding(model, x, protocol)
-    else:
-        prob = deeplab.upsample(model(x), (height, width)).softmax(1)
-        if protocol.flip:
-            mirrored = deeplab.upsample(model(x.flip(-1)), (height, width)).softmax(1)
-            prob = (prob + mirrored.flip(-1)) / 2
-    return prob[0]
+        return _sliding(model, normalise(resize_image(image, size).to(device))[None], protocol)[0]
+    prob = network_logits(model, image, size, device).softmax(0)
+    if protocol.flip:
+        prob = (prob + network_logits(model, image, size, device, mirror=True).softmax(0)) / 2
+    return prob
 
 
 def _sliding(model, x: torch.Tensor, protocol: Protocol) -> torch.Tensor:
-    """Softmax averaged over windows that overlap; the last window of a row or column ends at the border."""
+    """Softmax averaged over windows that overlap; the last window of a row or column ends at the
+    border."""
     height, width = x.shape[-2:]
     total, hits = 0, torch.zeros(height, width, device=x.device)
     for top in _starts(height, protocol.window, protocol.stride):
@@ -181,29 +204,30 @@ def _starts(length: int, window: int, stride: float) -> list[int]:
 
 
 def evaluate(model, dataset: SegmentationDataset, protocol: Protocol, device) -> dict:
-    """Scores `model` on every image of `dataset` under `protocol`: a `summary` with "protocol" and "images" added.
+    """Scores `model` on every image of `dataset` under `protocol`: a `summary` with "protocol" and
+    "images" added.
 
     Under torchrun a collective: each process scores its share of the images, all get the result.
     """
     training = model.training
     model.eval()
     matrix = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64, device=device)
-    rank, world = rank_and_number()
+    rank, world = rank_and_world()
     for index in range(rank, len(dataset), world):
         prediction = predict_prob(model, dataset.image(index), protocol, device).argmax(0)
         matrix += confusion_matrix(prediction, dataset.labels(index).to(device))
     model.train(training)
-    return {**summary(add_up(matrix)), "protocol": str(protocol), "images": len(dataset)}
+    return {**summary(all_reduce(matrix)), "protocol": str(protocol), "images": len(dataset)}
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def picture(panels: dict[str, torch.Tensor], size: tuple[int, int]) -> Image.Image:
     """Titled panels side by side, each shown at `size` (H, W).
 
-    A panel is an RGB image (3,H,W) uint8, a label map (H,W) uint8 (class colours), a bool map, or a float map (grey,
-    stretched from its minimum to its maximum).
+    A panel is an RGB image (3,H,W) uint8, a label map (H,W) uint8 (class colours), a bool map, or a
+    float map (grey, stretched from its minimum to its maximum).
     """
     height, width = size
     sheet = Image.new("RGB", (len(panels) * (width + 4) - 4, height + 14), "white")
@@ -231,14 +255,26 @@ def _panel(values: torch.Tensor) -> np.ndarray:
     return colourise(values.numpy())
 
 
-def class_picture(classes: dict[str, int], path: Path, balanced: bool) -> None:
-    """Bars of the labelled pixels per class (shares) as a PNG; with `balanced` against CBDA's uniform target distribution.
-
-    Needs matplotlib (`pip install 'alda[plot]'`); without it nothing is drawn, and the run says so once.
-    """
+def new_figure(size: tuple[float, float]):
+    """(figure, axes) of matplotlib in inches, or None where matplotlib is not installed (it is
+    optional)."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
+        return None
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots()
+
+
+def class_picture(classes: dict[str, int], path: Path, balanced: bool) -> None:
+    """Bars of the labelled pixels per class (shares) as a PNG; with `balanced` against CBDA's
+    uniform target distribution.
+
+    Needs matplotlib (`pip install 'alda[plot]'`); without it nothing is drawn, and the run says so
+    once.
+    """
+    drawing = new_figure((9, 3))
+    if drawing is None:
         if path.parent.name == "round-01":
             print(
                 "class histograms are not drawn: they need matplotlib (pip install 'alda[plot]')",
@@ -247,8 +283,7 @@ def class_picture(classes: dict[str, int], path: Path, balanced: bool) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     total = max(1, sum(classes.values()))
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = drawing
     colours = [tuple(v / 255 for v in c.colour) for c in CLASSES]
     axes.bar(
         range(NUM_CLASSES),
@@ -265,14 +300,15 @@ def class_picture(classes: dict[str, int], path: Path, balanced: bool) -> None:
     figure.savefig(path, dpi=80)
 
 
-# -------------------------------------------------------------------------------------------------------------- compare
+# ------------------------------------------------------------------------------------------ compare
 
 
 def comparison(runs: list[str], mixed: bool = False) -> list[dict]:
-    """One row a finished run, from its result.json and config.json: what was trained, what it cost, how good it is.
+    """One row a finished run, from its result.json and config.json: what was trained, what it cost,
+    how good it is.
 
-    Raises InputError for a run that has no result, and, unless `mixed`, for runs that were not tested alike: another
-    protocol, target dataset or number of images.
+    Raises InputError for a run that has no result, and, unless `mixed`, for runs that were not
+    tested alike: another protocol, target dataset or number of images.
     """
     rows = []
     for run in runs:
@@ -287,6 +323,9 @@ def comparison(runs: list[str], mixed: bool = False) -> list[dict]:
                 f"{run}: holds no config.json; give folders of finished runs (--out of alda.loop)"
             )
         budget = result["budget"]
+        asked_for = s["budget"] if budget["asked"] else None
+        if s["pixels"]:
+            asked_for = f"{s['pixels']} px an image"
         teacher = (
             {"student mIoU19": _percent(result["student"]["mIoU19"])} if "student" in result else {}
         )
@@ -302,11 +341,7 @@ def comparison(runs: list[str], mixed: bool = False) -> list[dict]:
                 "seed": s["seed"],
                 "steps": result["steps"],
                 "source images": result.get("source_images"),
-                "budget asked for": f"{s['pixels']} px an image"
-                if s["pixels"]
-                else s["budget"]
-                if budget["asked"]
-                else None,
+                "budget asked for": asked_for,
                 "pixels asked": budget["asked"],
                 "% of pixels": _percent(budget.get("share")),
                 "images asked": budget["images"],
@@ -348,7 +383,8 @@ def _percent(value: float | None) -> float | None:
 
 
 def comparison_text(rows: list[dict]) -> str:
-    """The rows as text: one line a fact, one column a run, so that any number of classes stays readable."""
+    """The rows as text: one line a fact, one column a run, so that any number of classes stays
+    readable."""
     facts = list(dict.fromkeys(key for row in rows for key in row if key != "toy"))
     cells = [
         [fact, *("-" if row.get(fact) is None else f"{row[fact]}" for row in rows)]
@@ -370,13 +406,12 @@ def comparison_text(rows: list[dict]) -> str:
 
 
 def comparison_picture(runs: list[str], rows: list[dict], path: Path) -> None:
-    """mIoU19 against the share of target pixels asked, one line a strategy and source; needs matplotlib (InputError)."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("--plot needs matplotlib: pip install 'alda[plot]'") from None
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    """mIoU19 against the share of target pixels asked, one line a strategy and source; needs
+    matplotlib (InputError)."""
+    drawing = new_figure((6, 4))
+    if drawing is None:
+        raise InputError("--plot needs matplotlib: pip install 'alda[plot]'")
+    figure, axes = drawing
     lines: dict[str, dict] = {}  # name: {budget: [(share, mIoU19) of each seed]}
     for run, row in zip(runs, rows, strict=True):
         result = json.loads((Path(run) / "result.json").read_text())
@@ -400,9 +435,8 @@ def comparison_picture(runs: list[str], rows: list[dict], path: Path) -> None:
             [100 * sum(values) / len(points) for values in zip(*points, strict=True)]
             for points in budgets.values()
         )
-        (line,) = axes.plot(
-            *zip(*means, strict=True), "o-", label=name
-        )  # means over seeds; the seeds are dots
+        # means over seeds; the seeds are dots
+        (line,) = axes.plot(*zip(*means, strict=True), "o-", label=name)
         every = [(100 * share, 100 * miou) for points in budgets.values() for share, miou in points]
         axes.plot(*zip(*every, strict=True), ".", color=line.get_color())
     axes.set_xlabel("target pixels asked [%]")
@@ -427,15 +461,17 @@ def compare(args: argparse.Namespace) -> int:
     return 0
 
 
-# --------------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def load_run(path: str | Path, device, which: str | None = None, network: dict | None = None):
-    """A trained network in eval mode, from a run's folder, its checkpoints/last.pt, or an official checkpoint.
+    """A trained network in eval mode, from a run's folder, its checkpoints/last.pt, or an official
+    checkpoint.
 
-    Our own files say how their network is built; for others `network` holds the arguments of `deeplab.build` (default:
-    RIPU's DeepLabV2 on ResNet-101 with frozen batch norm). `which` is "model" or "teacher"; by default the teacher of our
-    own files that hold one, as in their run's report, else the model. Raises InputError.
+    Our own files say how their network is built; for others `network` holds the arguments of
+    `deeplab.build` (default: RIPU's DeepLabV2 on ResNet-101 with frozen batch norm). `which` is
+    "model" or "teacher"; by default the teacher of our own files that hold one, as in their run's
+    report, else the model. Raises InputError.
     """
     path = Path(path)
     file = path / "checkpoints" / "last.pt" if path.is_dir() else path
@@ -454,7 +490,8 @@ def load_run(path: str | Path, device, which: str | None = None, network: dict |
 def write_predictions(
     model, dataset: SegmentationDataset, protocol: Protocol, device, folder: Path
 ) -> int:
-    """Writes each prediction as IMAGE_pred_labelIds.png (Cityscapes label ids, (H,W) uint8); returns how many."""
+    """Writes each prediction as IMAGE_pred_labelIds.png (Cityscapes label ids, (H,W) uint8);
+    returns how many."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, sample in enumerate(dataset.samples):
         prediction = (
@@ -466,17 +503,6 @@ def write_predictions(
         )
         Image.fromarray(to_label_ids(prediction)).save(folder / f"{sample.id}_pred_labelIds.png")
     return len(dataset)
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """ "1280x640" (width x height, as people write it) to (640, 1280), the (H, W) used in the code."""
-    try:
-        width, height = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise InputError(f"a size is WIDTHxHEIGHT, for example 1280x640; got {text!r}") from None
-    if min(width, height) < 1:
-        raise InputError(f"a size is WIDTHxHEIGHT with both at least 1; got {text!r}")
-    return height, width
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -542,7 +568,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_settings(path: str | Path) -> dict:
-    """The settings in the config.json of the run that `path` (its folder or a checkpoint in it) belongs to; {} without."""
+    """The settings in the config.json of the run that `path` (its folder or a checkpoint in it)
+    belongs to; {} without."""
     path = Path(path)
     config = (path if path.is_dir() else path.parent.parent) / "config.json"
     return json.loads(config.read_text())["settings"] if config.is_file() else {}
@@ -579,7 +606,8 @@ def _command(args: argparse.Namespace) -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU; raises InputError for a device that is not there."""
+    """ "auto" is CUDA where there is one, else the CPU; raises InputError for a device that is not
+    there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -1,10 +1,10 @@
-"""What do all training loops share? Batches, checkpoints and resume, the log, the run's folder.
+"""Batches, checkpoints and resume, the log, the run's folder. What do all training loops share?
 
     from alda.run import Run, batches, next_batch, prepare
     run = Run(settings, out, device); start = run.resume()
 
-A run leaves in its folder: config.json (settings, versions, command), metrics.jsonl (a line each log step),
-checkpoints/last.pt, and what its loop writes (rounds/, pictures/, result.json).
+A run leaves in its folder: config.json (settings, versions, command), metrics.jsonl (a line each
+log step), checkpoints/last.pt, and what its loop writes (rounds/, pictures/, result.json).
 """
 
 import dataclasses
@@ -34,20 +34,21 @@ from alda.datasets import (
     load,
     mix_seed,
 )
-from alda.evaluation import parse_size, picture
-from alda.processes import rank_and_number
-from alda.settings import parse_scale
+from alda.distributed import rank_and_world
+from alda.evaluation import picture
 
-# settings that may differ between a run and its resumption: where it runs and what it shows, not what it computes
-# (another device or number of threads sums floats in another order, so the bits are then no longer the same)
+# settings that may differ between a run and its resumption: where it runs and what it shows, not
+# what it computes (another device or number of threads sums floats in another order, so the bits
+# are then no longer the same)
 MAY_CHANGE = ("resume", "device", "workers", "threads", "log_every", "pictures", "out", "root")
 
 
 def batches(s, dataset: SegmentationDataset, step: int, stream: int, labels_of):
     """An endless iterator of [images (N,3,H,W) float32, labels (N,H,W) uint8] from step `step` on.
 
-    `stream` 1 is the source, 2 the target: their sizes, their order (class-balanced for the source) and their seeds differ.
-    `labels_of(index)` replaces the dataset's labels, see TrainingView. Raises InputError for a size that cannot be read.
+    `stream` 1 is the source, 2 the target: their sizes, their order (class-balanced for the source)
+    and their seeds differ. `labels_of(index)` replaces the dataset's labels, see TrainingView.
+    Raises InputError for a size that cannot be read.
     """
     presence = None
     if stream == 1 and s.source_sampling == "balanced":
@@ -67,12 +68,12 @@ def batches(s, dataset: SegmentationDataset, step: int, stream: int, labels_of):
 
 
 def transform_of(s, stream: int, crop_at=None) -> JointTransform:
-    """The training transform of the source (`stream` 1) or the target (2); `crop_at` see JointTransform."""
-    size = s.source_size if stream == 1 else s.target_size
+    """The training transform of the source (`stream` 1) or the target (2); `crop_at` see
+    JointTransform."""
     return JointTransform(
-        size=parse_size(size) if size else None,
-        scale=parse_scale(s.scale),
-        crop=parse_size(s.crop) if s.crop else None,
+        size=s.source_hw if stream == 1 else s.target_hw,
+        scale=s.scale_range,
+        crop=s.crop_hw,
         flip=s.flip,
         keep_labels=stream == 2 and s.keep_labels,
         crop_at=crop_at,
@@ -82,11 +83,13 @@ def transform_of(s, stream: int, crop_at=None) -> JointTransform:
 def mixed_batches(
     s, views: list[TrainingView], entries: list[tuple[int, int]], step: int, seed: int
 ):
-    """An endless iterator of [images, labels, dataset indices (N,) int64] of several views, shuffled, from step `step` on.
+    """An endless iterator of [images, labels, dataset indices (N,) int64] of several views,
+    shuffled, from step `step` on.
 
-    Under torchrun each process gets its own part of every step. The views must give images of one size.
+    Under torchrun each process gets its own part of every step. The views must give images of one
+    size.
     """
-    rank, world = rank_and_number()
+    rank, world = rank_and_world()
     sampler = EndlessSampler(len(entries), seed, rank, world)
     sampler.load_state_dict({"position": step * s.batch * world})
     mixture = Mixture(views, entries)
@@ -102,7 +105,8 @@ def mixed_batches(
 
 
 def next_batch(iterator, device):
-    """The next [images, labels] on the device, or None where there is no iterator (source-only, source-free)."""
+    """The next [images, labels] on the device, or None where there is no iterator (source-only,
+    source-free)."""
     return None if iterator is None else [x.to(device, non_blocking=True) for x in next(iterator)]
 
 
@@ -114,16 +118,16 @@ def save_picture(panels: dict, size: tuple[int, int], path: Path) -> None:
 
 
 class Run:
-    """Network, optimizer, checkpoints and the log of one run: what every training loop needs and no method differs in."""
+    """Network, optimizer, checkpoints and the log of one run: what every training loop needs and no
+    method differs in."""
 
     def __init__(self, s, out: Path, device: torch.device):
         self.s, self.out, self.device = s, out, device
-        self.rank, world = rank_and_number()
+        self.rank, world = rank_and_world()
         self.network = network_of(s)
         self.model = self.fresh_model()
-        self.forward: torch.nn.Module = (
-            self.model
-        )  # what training calls; under torchrun it averages the gradients
+        # what training calls; under torchrun it averages the gradients
+        self.forward: torch.nn.Module = self.model
         if world > 1:
             if device.type == "cuda":
                 self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -141,15 +145,17 @@ class Run:
         ] = []  # the losses of the steps since the last progress line, on the device
         self.names: list[str] = []
         self.clock = None
+        self.scores: list[
+            dict
+        ] = []  # of the loops that are done (STAL); plain values, kept in checkpoints
 
     def fresh_model(self) -> torch.nn.Module:
         """The network with the weights of --init, in train mode, the same in every process."""
         torch.manual_seed(mix_seed(self.s.seed, 0))
         model = deeplab.build(**self.network, init=self.s.init).to(self.device).train()
-        if rank_and_number()[1] > 1:
-            torch.manual_seed(
-                mix_seed(self.s.seed, 0, self.rank)
-            )  # every process has its own dropout
+        if rank_and_world()[1] > 1:
+            # every process has its own dropout
+            torch.manual_seed(mix_seed(self.s.seed, 0, self.rank))
         return model
 
     def autocast(self):
@@ -159,29 +165,22 @@ class Run:
         )
 
     def set_rate(self, factor: float) -> None:
+        """Every group's rate for this step: --lr times the group's own factor (head: 10) times
+        `factor`."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.s.lr * group["factor"] * factor
 
-    def descend(
-        self, losses: dict[str, torch.Tensor], weights: dict[str, float], health: dict | None = None
-    ) -> None:
-        """One optimizer step on the weighted sum. Nothing is read from the device: see `log`.
+    def log(self, step: int, losses: dict[str, torch.Tensor | float], more=dict) -> None:
+        """After step `step` - 1: keeps its losses on the device; at every log step reads all of
+        them, stops if any is not finite, prints and writes a line.
 
-        `health` holds further 0-dim numbers of the step that are averaged and logged like losses.
+        `losses` are 0-dim tensors by name; what is a number was left out of this run and is not
+        logged. `more()` gives further entries of the line in metrics.jsonl; it is called at log
+        steps only.
         """
-        total = sum(weights[name] * value for name, value in losses.items())
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        self.optimizer.step()
-        shown = {**losses, **(health or {})}
-        self.names = list(shown)
-        self.history.append(torch.stack([*shown.values()]).detach())
-
-    def log(self, step: int, more=dict) -> None:
-        """At every log step: reads the losses since the last one, stops if any is not finite, prints and writes a line.
-
-        `more()` gives further entries of the line in metrics.jsonl; it is called at log steps only.
-        """
+        there = {name: x for name, x in losses.items() if isinstance(x, torch.Tensor)}
+        self.names = list(there)
+        self.history.append(torch.stack([*there.values()]).detach())
         s = self.s
         if self.clock is None:
             self.clock = (step - 1, time.time())
@@ -205,13 +204,15 @@ class Run:
         text = " ".join(f"{name} {value:.4f}" for name, value in means.items())
         if self.rank:
             return
+        left = f"{int(eta // 60)}:{int(eta % 60):02d}"
         print(
-            f"step {step}/{s.steps} | {text} | {rate:.2f} step/s, ETA {int(eta // 60)}:{int(eta % 60):02d}, peak {memory:.2f} GB",
+            f"step {step}/{s.steps} | {text} | {rate:.2f} step/s, ETA {left}, peak {memory:.2f} GB",
             flush=True,
         )
 
     def finite_losses(self, step: int) -> torch.Tensor:
-        """The losses since the last progress line, (n,L) on the host; raises FloatingPointError where one is not finite."""
+        """The losses since the last progress line, (n,L) on the host; raises FloatingPointError
+        where one is not finite."""
         values = (
             torch.stack(self.history).cpu() if self.history else torch.empty(0, len(self.names))
         )
@@ -231,10 +232,10 @@ class Run:
             file.write(json.dumps(line) + "\n")
 
     def save(self, step: int) -> None:
-        """Writes checkpoints/last.pt: everything that the rest of the run depends on. Under a temporary name, then renamed."""
-        self.finite_losses(
-            step
-        )  # a network that is lost is never saved, and never asks an annotator
+        """Writes checkpoints/last.pt: everything that the rest of the run depends on. Under a
+        temporary name, then renamed."""
+        # a network that is lost is never saved, and never asks an annotator
+        self.finite_losses(step)
         if self.rank:
             return
         state = {
@@ -244,6 +245,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
             "names": self.names,
+            "scores": self.scores,
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device)
             if self.device.type == "cuda"
@@ -256,7 +258,8 @@ class Run:
         os.replace(path.with_suffix(".incomplete"), path)
 
     def resume(self) -> int:
-        """Restores checkpoints/last.pt where --resume asks for it; returns the step to go on from (0 without)."""
+        """Restores checkpoints/last.pt where --resume asks for it; returns the step to go on from
+        (0 without)."""
         path = self.out / "checkpoints" / "last.pt"
         if not self.s.resume:
             return 0
@@ -268,6 +271,7 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history, self.names = [row.to(self.device) for row in state["history"]], state["names"]
+        self.scores = state.get("scores", [])
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         if self.rank == 0:
@@ -293,9 +297,9 @@ class Run:
 
 def network_of(s) -> dict:
     """The arguments of deeplab.build that the settings ask for; a checkpoint keeps them."""
-    batch_norm = (
-        ("live" if s.init == "none" else "frozen") if s.batch_norm == "auto" else s.batch_norm
-    )
+    batch_norm = s.batch_norm
+    if batch_norm == "auto":
+        batch_norm = "live" if s.init == "none" else "frozen"
     network = {"net": s.net, "backbone": s.backbone, "batch_norm": batch_norm}
     if s.net == "deeplabv3plus" and s.head == "stal":
         network |= {"aspp": "dense", "multi_grid": (2, 2, 4)}
@@ -316,7 +320,8 @@ def memory_in_use(device: torch.device) -> float:
 
 
 def code_version() -> str | None:
-    """The commit of this package's checkout, '-dirty' when changed; None where it is not a git checkout."""
+    """The commit of this package's checkout, '-dirty' when changed; None where it is not a git
+    checkout."""
     command = [
         "git",
         "-C",
@@ -340,7 +345,8 @@ def run_folder(s) -> Path:
 
 
 def prepare(s) -> Path:
-    """Makes the run's folder and its config.json; refuses to mix two runs, or a resumed run with other settings."""
+    """Makes the run's folder and its config.json; refuses to mix two runs, or a resumed run with
+    other settings."""
     out = run_folder(s)
     config = out / "config.json"
     if config.is_file():
@@ -350,7 +356,7 @@ def prepare(s) -> Path:
             )
         old, new = json.loads(config.read_text())["settings"], dataclasses.asdict(s)
         processes = json.loads(config.read_text()).get("processes", 1)
-        if processes != rank_and_number()[1]:  # steps, batches and loops depend on it
+        if processes != rank_and_world()[1]:  # steps, batches and loops depend on it
             raise InputError(
                 f"{out} was started with {processes} processes; resume it with as many"
             )
@@ -373,7 +379,7 @@ def prepare(s) -> Path:
     record = {
         "settings": dataclasses.asdict(s),
         "command": [sys.executable, *sys.argv],
-        "processes": rank_and_number()[1],
+        "processes": rank_and_world()[1],
         "versions": {"alda": code_version(), "python": platform.python_version(), **versions},
         "toy": s.root == "toy",
     }

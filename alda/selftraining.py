@@ -1,4 +1,5 @@
-"""What do we label without asking? CBST's thresholds and pseudo-labels; STAL's teacher, mixing and confidence bank.
+"""What do we label without asking? CBST's thresholds and pseudo-labels; STAL's teacher, mixing and
+confidence bank.
 
     from alda.selftraining import cbst_thresholds, cbst_pseudo_labels, target_portion
     thresholds = cbst_thresholds((softmax_of(image) for image in target), target_portion(0))   # (C,) confidences exp(-k_c)
@@ -8,15 +9,18 @@
     labels = reliable_pseudo_labels(teacher(images).softmax(1), drop_share(epoch, epochs))   # (N,H,W) uint8, 255 = unsure
     update_teacher(teacher, student, step)                                                   # after every optimizer step
 
-CBST, CBST-SP, ST: Zou et al., ECCV 2018, arXiv 1810.07911. CRST: Zou et al., ICCV 2019, arXiv 1908.09822 (its code is
-CBST's PyTorch version). STAL (later ILM-ASSL): Guan and Yuan, arXiv 2301.13361. Contrastive masks: U2PL, Wang et al., arXiv
-2203.03884. The adaptive parts (confidence bank, copy-paste, CutMix, keep rate): AEL, Hu et al., arXiv 2110.05474; STAL's
-official code uses them, its equations do not name them. Each is a function of its own: leave the call out to ablate it.
+CBST, CBST-SP, ST: Zou et al., ECCV 2018, arXiv 1810.07911. CRST: Zou et al., ICCV 2019, arXiv
+1908.09822 (its code is CBST's PyTorch version). STAL (later ILM-ASSL): Guan and Yuan, arXiv
+2301.13361. Contrastive masks: U2PL, Wang et al., arXiv 2203.03884. The adaptive parts (confidence
+bank, copy-paste, CutMix, keep rate): AEL, Hu et al., arXiv 2110.05474; STAL's official code uses
+them, its equations do not name them. Each is a function of its own: leave the call out to ablate
+it.
 
-Axes: N images (optional in the CBST part), C classes, H rows, W columns, B histogram bins; prob are softmax probabilities,
-labels uint8 train ids, 255 = none. Everything stays on the inputs' device; inputs are left unchanged. In the STAL part shapes
-do not depend on values and nothing waits for the device; random numbers u, uniform in [0,1), are arguments: draw them with
-torch.rand(..., generator=...) or give recorded ones.
+Axes: N images (optional in the CBST part), C classes, H rows, W columns, B histogram bins; prob are
+softmax probabilities, labels uint8 train ids, 255 = none. Everything stays on the inputs' device;
+inputs are left unchanged. In the STAL part shapes do not depend on values and nothing waits for the
+device; random numbers u, uniform in [0,1), are arguments: draw them with torch.rand(...,
+generator=...) or give recorded ones.
 
 CBST: where the official code goes its own way, and what is done here:
 1. solve_ST.py starts each class with an extra 0.0, so that ranks shift by one now and then: not reproduced.
@@ -42,25 +46,21 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 
 from alda import IGNORE
-from alda.processes import add_up
+from alda.acquisition import entropy
 
 ROWS = 32  # rows of probabilities worked on at a time, so that products with a prior stay small
 CHUNK = 2**18  # pixels counted at a time
 DROPPED = 13  # low bits of a float32 that a bin leaves out: 10 bits of the fraction remain
-FIRST = (127 - 20) << (
-    23 - DROPPED
-)  # the bin of 2^-20; what is less confident counts as no prediction at all
+# the bin of 2^-20; what is less confident counts as no prediction at all
+FIRST = (127 - 20) << (23 - DROPPED)
 BINS = (
     20 << (23 - DROPPED)
 ) + 1  # 2^-20 ... 1: 1024 bins for each halving of the confidence, and one for exactly 1
-# the official list for copy-paste: all train ids but road, sidewalk, building, vegetation and sky
-COPY_PASTE_CLASSES = tuple(c for c in range(19) if c not in (0, 1, 2, 8, 10))
 
 
-# ----------------------------------------------------------------------------------------------------------- CBST: thresholds
+# --------------------------------------------------------------------------------- CBST: thresholds
 
 
 def cbst_thresholds(
@@ -70,14 +70,17 @@ def cbst_thresholds(
     prior: torch.Tensor | None = None,
     stride: int = 1,
 ) -> torch.Tensor:
-    """The confidences exp(-k_c) above which pixels become pseudo-labels: probability maps (C,H,W) -> (C,) float32.
+    """The confidences exp(-k_c) above which pixels become pseudo-labels: probability maps (C,H,W)
+    -> (C,) float32.
 
-    CBST's rule for k_c: of the n_c pixels predicted as c over all images, the confidence ranked floor(portion * n_c) from
-    the top. `balanced=False` ranks all classes together and gives each the same threshold (ST). `prior` (C,H,W) in [0,1]
-    multiplies every map first (CBST-SP). A class that is never predicted, or too rarely for a first rank, gets 1.
+    CBST's rule for k_c: of the n_c pixels predicted as c over all images, the confidence ranked
+    floor(portion * n_c) from the top. `balanced=False` ranks all classes together and gives each
+    the same threshold (ST). `prior` (C,H,W) in [0,1] multiplies every map first (CBST-SP). A class
+    that is never predicted, or too rarely for a first rank, gets 1.
 
-    One pass, memory independent of the number of images, within 5e-4 of the exact value: see ConfidenceHistogram. Raises
-    ValueError for no maps, a portion outside [0,1], and maps that are no probabilities.
+    One pass, memory independent of the number of images, within 5e-4 of the exact value: see
+    ConfidenceHistogram. Raises ValueError for no maps, a portion outside [0,1], and maps that are
+    no probabilities.
     """
     histogram = None
     for prob in probs:
@@ -97,11 +100,12 @@ class ConfidenceHistogram:
             histogram.add(prob)
         thresholds, counts = histogram.thresholds(0.2), histogram.predicted    # (C,) float32, (C,) int64
 
-    A bin is what float32 numbers with the same upper 19 bits have in common: 2^-10 of its value wide at most, 2^-11 for
-    confidences in [0.5, 1), and exactly 1 has a bin of its own. The bin that holds the rank is found exactly; the threshold
-    is the mean of the values in it, so it lies less than 5e-4 (and less than 0.1 %) from the exact rank value, and is that
-    value itself where all values of the bin are equal. All sums are of integers: the order of the images, the device and
-    the number of parts that are added up do not change a bit.
+    A bin is what float32 numbers with the same upper 19 bits have in common: 2^-10 of its value
+    wide at most, 2^-11 for confidences in [0.5, 1), and exactly 1 has a bin of its own. The bin
+    that holds the rank is found exactly; the threshold is the mean of the values in it, so it lies
+    less than 5e-4 (and less than 0.1 %) from the exact rank value, and is that value itself where
+    all values of the bin are equal. All sums are of integers: the order of the images, the device
+    and the number of parts that are added up do not change a bit.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
@@ -109,21 +113,20 @@ class ConfidenceHistogram:
             raise ValueError(
                 f"labels are uint8 with 255 = ignore: 1 to 255 classes, got {num_classes}"
             )
-        self.predicted = torch.zeros(
-            num_classes, dtype=torch.int64, device=device
-        )  # all pixels predicted as c
-        self.counts = torch.zeros(
-            num_classes, BINS, dtype=torch.int64, device=device
-        )  # those that are ranked
-        self.rest = torch.zeros_like(
-            self.counts
-        )  # sums of the dropped bits: they give the mean of a bin
+        # all pixels predicted as c
+        self.predicted = torch.zeros(num_classes, dtype=torch.int64, device=device)
+        # those that are ranked
+        self.counts = torch.zeros(num_classes, BINS, dtype=torch.int64, device=device)
+        # sums of the dropped bits: they give the mean of a bin
+        self.rest = torch.zeros_like(self.counts)
 
     @torch.no_grad()
     def add(self, prob: torch.Tensor, prior: torch.Tensor | None = None, stride: int = 1) -> None:
-        """Adds an image's probabilities (C,H,W), times `prior` (C,H,W); `stride` ranks every so many pixels of each class.
+        """Adds an image's probabilities (C,H,W), times `prior` (C,H,W); `stride` ranks every so
+        many pixels of each class.
 
-        Pixels whose best value is under 2^-20 (places where the prior rules out every class) are not counted.
+        Pixels whose best value is under 2^-20 (places where the prior rules out every class) are
+        not counted.
         """
         if prob.dim() != 3 or len(prob) != len(self.predicted) or stride < 1:
             expected = f"({len(self.predicted)},H,W) and a stride of at least 1"
@@ -144,26 +147,25 @@ class ConfidenceHistogram:
             kept = torch.cat([(prediction == c).nonzero()[::stride, 0] for c in range(len(prob))])
             confidence, prediction = confidence[kept], prediction[kept]
         for part, classes in zip(confidence.split(CHUNK), prediction.split(CHUNK), strict=True):
-            bits = part.view(
-                torch.int32
-            )  # the bits of positive floats are in the order of their values
+            # the bits of positive floats are in the order of their values
+            bits = part.view(torch.int32)
             bins = (classes.long() * BINS + (bits >> DROPPED) - FIRST).to(self.counts.device)
             rest = (bits & ((1 << DROPPED) - 1)).long().to(self.counts.device)
             self.counts.view(-1).scatter_add_(0, bins, torch.ones_like(bins))
             self.rest.view(-1).scatter_add_(0, bins, rest)
 
     def thresholds(self, portion: float, balanced: bool = True) -> torch.Tensor:
-        """(C,) float32, see cbst_thresholds; any number of portions can be asked of one histogram."""
+        """(C,) float32, see cbst_thresholds; any number of portions can be asked of one
+        histogram."""
         if not 0 <= portion <= 1:
             raise ValueError(f"portion must lie in [0,1], got {portion}")
-        counts, rest = (
-            x if balanced else x.sum(0, keepdim=True) for x in (self.counts, self.rest)
-        )  # (C,B) or (1,B)
-        # exp(-k_c) = the floor(portion * n_c)-th highest of the n_c confidences
+        # (C,B) or (1,B)
+        counts, rest = (x if balanced else x.sum(0, keepdim=True) for x in (self.counts, self.rest))
+        # CBST, thresholds: exp(-k_c) = the floor(portion * n_c)-th highest of the n_c confidences
+        # of the pixels predicted as c
         rank = (portion * counts.sum(1).double()).floor().long()
-        reached = counts.flip(1).cumsum(
-            1
-        )  # (C,B), the top bin first: how many values are in this bin or a higher one
+        # (C,B), the top bin first: how many values are in this bin or a higher one
+        reached = counts.flip(1).cumsum(1)
         place = BINS - 1 - (reached < rank[:, None]).sum(1, keepdim=True)  # (C,1)
         number, rest = counts.gather(1, place).clamp(min=1), rest.gather(1, place)
         mean = (
@@ -173,7 +175,7 @@ class ConfidenceHistogram:
         return torch.where(rank > 0, value, 1.0).expand(len(self.predicted)).clone()
 
 
-# -------------------------------------------------------------------------------------------------------- pseudo-labels
+# ------------------------------------------------------------------------------------ pseudo-labels
 
 
 @torch.no_grad()
@@ -183,27 +185,32 @@ def cbst_pseudo_labels(
     prior: torch.Tensor | None = None,
     rules: str = "paper",
 ) -> torch.Tensor:
-    """Pseudo-labels of an image: probabilities (C,H,W) or (N,C,H,W) -> uint8 (H,W) or (N,H,W), 255 = ignore.
+    """Pseudo-labels of an image: probabilities (C,H,W) or (N,C,H,W) -> uint8 (H,W) or (N,H,W), 255
+    = ignore.
 
-    CBST's solution of the class-balanced problem: y = argmax_c p_c / exp(-k_c) if that maximum exceeds 1, else ignore.
-    `thresholds` (C,) are the exp(-k_c) of cbst_thresholds; `prior` (C,H,W) multiplies the probabilities as it did there.
-    `rules="paper"`: > 1; `rules="code"`: >= 1, so that the pixel that set the threshold is labelled too. They differ where
-    many pixels tie: if more than the portion of a class are as sure as its threshold (a saturated network with p = 1, which
-    bfloat16 reaches at 0.998: take the softmax in float32), the paper's rule labels none of those and the code's all.
-    Raises ValueError for thresholds of the wrong shape or not above 0 and for unknown rules.
+    CBST's solution of the class-balanced problem: y = argmax_c p_c / exp(-k_c) if that maximum
+    exceeds 1, else ignore. `thresholds` (C,) are the exp(-k_c) of cbst_thresholds; `prior` (C,H,W)
+    multiplies the probabilities as it did there. `rules="paper"`: > 1; `rules="code"`: >= 1, so
+    that the pixel that set the threshold is labelled too. They differ where many pixels tie: if
+    more than the portion of a class are as sure as its threshold (a saturated network with p = 1,
+    which bfloat16 reaches at 0.998: take the softmax in float32), the paper's rule labels none of
+    those and the code's all. Raises ValueError for thresholds of the wrong shape or not above 0 and
+    for unknown rules.
     """
     if thresholds.shape != prob.shape[-3:-2] or not (thresholds > 0).all():
         raise ValueError(f"expected {prob.shape[-3]} thresholds above 0, got {thresholds.tolist()}")
     if rules not in ("paper", "code"):
         raise ValueError(f"rules must be 'paper' or 'code', got {rules!r}")
-    weighted, labels = _best_class(
-        prob, prior, thresholds.to(prob.device, torch.float32)[:, None, None]
-    )
-    return labels.masked_fill_(~(weighted > 1 if rules == "paper" else weighted >= 1), IGNORE)
+    share = thresholds.to(prob.device, torch.float32)[:, None, None]
+    weighted, labels = _best_class(prob, prior, share)
+    reached = weighted > 1 if rules == "paper" else weighted >= 1
+    # CBST, pseudo-labels: y = argmax_c p_c / exp(-k_c) where that maximum exceeds 1, else none
+    return labels.masked_fill_(~reached, IGNORE)
 
 
 def _best_class(prob, prior=None, thresholds=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """max_c p_c q_c / exp(-k_c) float32 and its class uint8, (...,H,W) each; of equal maxima the lowest class wins."""
+    """max_c p_c q_c / exp(-k_c) float32 and its class uint8, (...,H,W) each; of equal maxima the
+    lowest class wins."""
     if prior is not None and prior.shape != prob.shape[-3:]:
         raise ValueError(
             f"prior {tuple(prior.shape)} and probabilities {tuple(prob.shape)} differ in C, H or W"
@@ -212,6 +219,7 @@ def _best_class(prob, prior=None, thresholds=None) -> tuple[torch.Tensor, torch.
     for start in range(0, prob.shape[-2], ROWS):
         strip = prob[..., start : start + ROWS, :].float()  # (...,C,ROWS,W)
         if prior is not None:
+            # CBST, spatial priors: q_c p_c in place of p_c
             strip = strip * prior[:, start : start + ROWS].to(prob.device, torch.float32)
         if thresholds is not None:
             strip = strip / thresholds
@@ -226,9 +234,10 @@ def pseudo_label_statistics(
 ) -> dict[str, torch.Tensor]:
     """Counters of one image for a report, each (C,) int64; add them up over images, then divide.
 
-    `pseudo` and `truth` are integer labels (...,H,W), 255 = none. Accuracy of class c is correct / judged, coverage
-    covered / truth, with: `labelled` pixels pseudo-labelled c; `judged` those of them whose truth is known; `correct` those
-    whose truth is c; `truth` pixels that are c in truth; `covered` those of them with any pseudo-label.
+    `pseudo` and `truth` are integer labels (...,H,W), 255 = none. Accuracy of class c is correct /
+    judged, coverage covered / truth, with: `labelled` pixels pseudo-labelled c; `judged` those of
+    them whose truth is known; `correct` those whose truth is c; `truth` pixels that are c in truth;
+    `covered` those of them with any pseudo-label.
     """
     has, known = pseudo != IGNORE, truth != IGNORE
 
@@ -244,7 +253,7 @@ def pseudo_label_statistics(
     }
 
 
-# ------------------------------------------------------------------------------------------------------- spatial priors
+# ----------------------------------------------------------------------------------- spatial priors
 
 
 @torch.no_grad()
@@ -254,29 +263,31 @@ def spatial_prior(
     size: tuple[int, int],
     sigma: float | None = None,
 ) -> torch.Tensor:
-    """CBST-SP's spatial priors q_c from the source's label maps: (C,*size) float32 in [0,1], on the labels' device.
+    """CBST-SP's spatial priors q_c from the source's label maps: (C,*size) float32 in [0,1], on the
+    labels' device.
 
-    The official priors are a download; these are estimated here. `labels` are (h,w) train ids of any size, 255 = none, each
-    read at the centres of the cells of `size` (nearest neighbour). With G a separable Gaussian of deviation `sigma` cells,
-    cut at 3 sigma and at the image border (its weights always sum to 1):
+    The official priors are a download; these are estimated here. `labels` are (h,w) train ids of
+    any size, 255 = none, each read at the centres of the cells of `size` (nearest neighbour). With
+    G a separable Gaussian of deviation `sigma` cells, cut at 3 sigma and at the image border (its
+    weights always sum to 1):
 
         f_c(n) = (G * pixels labelled c)(n) / (G * labelled pixels)(n)         how often place n is c
         q_c(n) = f_c(n) / sum_m f_c(m)                                         each class sums to 1 over the places
         q      = q / max q                                                     one constant for all classes
 
-    That each class sums to 1 over the places is this project's reading of CBST: q says where a class is, not how frequent
-    it is, so rare classes are not drowned. The last line keeps p * q in [0,1] and decides nothing, because thresholds scale
-    with q. `sigma` defaults to 35/3 pixels at 1024 rows (a kernel of 70x70), in proportion to `size`; this width is a
-    choice. A class without source labels has q = 0 and is never pseudo-labelled (SYNTHIA: terrain, truck, train).
-    Raises ValueError where no label map holds a label.
+    That each class sums to 1 over the places is this project's reading of CBST: q says where a
+    class is, not how frequent it is, so rare classes are not drowned. The last line keeps p * q in
+    [0,1] and decides nothing, because thresholds scale with q. `sigma` defaults to 35/3 pixels at
+    1024 rows (a kernel of 70x70), in proportion to `size`; this width is a choice. A class without
+    source labels has q = 0 and is never pseudo-labelled (SYNTHIA: terrain, truck, train). Raises
+    ValueError where no label map holds a label.
     """
     sigma = size[0] / 1024 * 35 / 3 if sigma is None else sigma
     counts = None
     for label in labels:
         if counts is None:
-            counts = torch.zeros(
-                num_classes + 1, *size, device=label.device
-            )  # the last plane takes the ignored pixels
+            # the last plane takes the ignored pixels
+            counts = torch.zeros(num_classes + 1, *size, device=label.device)
         pairs = zip(size, label.shape, strict=True)
         rows, cols = (
             (2 * torch.arange(n, device=label.device) + 1) * have // (2 * n) for n, have in pairs
@@ -296,7 +307,8 @@ def spatial_prior(
 
 
 def _gaussian(length: int, sigma: float) -> torch.Tensor:
-    """(length, length) weights of a Gaussian blur along one axis; every row sums to 1. `sigma` 0 blurs nothing."""
+    """(length, length) weights of a Gaussian blur along one axis; every row sums to 1. `sigma` 0
+    blurs nothing."""
     distance = (torch.arange(length)[:, None] - torch.arange(length)).float()
     weight = torch.exp(-((distance / max(sigma, 1e-6)) ** 2) / 2).masked_fill(
         distance.abs() > 3 * sigma, 0
@@ -304,38 +316,43 @@ def _gaussian(length: int, sigma: float) -> torch.Tensor:
     return weight / weight.sum(1, keepdim=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ schedules
+# ---------------------------------------------------------------------------------------- schedules
 
 
 def target_portion(
     number: int, start: float = 0.2, step: float = 0.05, maximum: float = 0.5
 ) -> float:
-    """Share of each class's predictions that become pseudo-labels in round `number` = 0, 1, 2, ...: 20 % + 5 % to 50 %."""
+    """Share of each class's predictions that become pseudo-labels in round `number` = 0, 1, 2, ...:
+    20 % + 5 % to 50 %."""
     return round(min(start + step * number, maximum), 9)
 
 
 def source_portion(
     number: int, start: float = 0.03, step: float = 0.0025, maximum: float = 0.06
 ) -> float:
-    """Share of the source images that are trained on in round `number` = 0, 1, 2, ...: 3 % + 0.25 % to 6 %."""
+    """Share of the source images that are trained on in round `number` = 0, 1, 2, ...: 3 % + 0.25 %
+    to 6 %."""
     return round(min(start + step * number, maximum), 9)
 
 
 def cbst_learning_rate(base: float, number: int) -> float:
-    """base / sqrt(2)^number: CBST's official code (from 1e-4); CRST's keeps the base (5e-5) in all rounds."""
+    """base / sqrt(2)^number: CBST's official code (from 1e-4); CRST's keeps the base (5e-5) in all
+    rounds."""
     return base / math.sqrt(2) ** number
 
 
-# --------------------------------------------------------------------------------------------------------- patch mining
+# ------------------------------------------------------------------------------------- patch mining
 
 
 def rare_classes(
     counts: torch.Tensor, number: int = 3, share: float = 1e-3
 ) -> tuple[list[int], list[int]]:
-    """The classes to mine patches for, from the predicted pixels (C,) of each class: (under `share`, the `number` rarest).
+    """The classes to mine patches for, from the predicted pixels (C,) of each class: (under
+    `share`, the `number` rarest).
 
-    Both lists are ordered from the rarest on, ties by class id; classes never predicted come first and cost nothing (no
-    label holds them). By reading the official code: CBST mines the first list before the second, CRST the first only.
+    Both lists are ordered from the rarest on, ties by class id; classes never predicted come first
+    and cost nothing (no label holds them). By reading the official code: CBST mines the first list
+    before the second, CRST the first only.
     """
     counts = torch.as_tensor(counts).double()
     order = counts.argsort(stable=True).tolist()
@@ -350,11 +367,13 @@ def mine_patch(
     generator: torch.Generator,
     chance=0.8,
 ) -> tuple[int, int] | None:
-    """(top, left) of a crop around a pixel of a rare class in the pseudo-labels (H,W), or None: crop anywhere.
+    """(top, left) of a crop around a pixel of a rare class in the pseudo-labels (H,W), or None:
+    crop anywhere.
 
-    With probability `chance`: of the first group of `rare` (see rare_classes) that has classes in this image, one of them is
-    drawn, then one of its pixels; the crop is centred on it and moved into the image. An image smaller than the crop
-    gives 0 on that side. Patch mining of CBST's and CRST's official code.
+    With probability `chance`: of the first group of `rare` (see rare_classes) that has classes in
+    this image, one of them is drawn, then one of its pixels; the crop is centred on it and moved
+    into the image. An image smaller than the crop gives 0 on that side. Patch mining of CBST's and
+    CRST's official code.
     """
     if torch.rand((), generator=generator).item() >= chance:
         return None
@@ -372,16 +391,18 @@ def mine_patch(
     return top, left
 
 
-# ------------------------------------------------------------------------------------------- STAL: the teacher and its labels
+# ----------------------------------------------------------------- STAL: the teacher and its labels
 
 
 @torch.no_grad()
 def update_teacher(
     teacher: torch.nn.Module, student: torch.nn.Module, step: int, decay: float = 0.99
 ) -> None:
-    """Moves the teacher's parameters towards the student's after step `step` (from 0); buffers stay the teacher's own.
+    """Moves the teacher's parameters towards the student's after step `step` (from 0); buffers stay
+    the teacher's own.
 
-    STAL's mean teacher: t <- a t + (1 - a) s, a = min(1 - 1/(step + 1), decay), so that step 0 copies.
+    STAL's mean teacher: t <- a t + (1 - a) s, a = min(1 - 1/(step + 1), decay), so that step 0
+    copies.
     """
     keep = min(1 - 1 / (step + 1), decay)
     for own, new in zip(teacher.parameters(), student.parameters(), strict=True):
@@ -389,21 +410,19 @@ def update_teacher(
 
 
 def drop_share(epoch: float, epochs: float, start: float = 0.2) -> float:
-    """The share of pixels without a pseudo-label, STAL Eq. (7): alpha_t = alpha_0 (1 - epoch/epochs), from 20 % to none."""
+    """The share alpha_t of pixels without a pseudo-label: `start` at epoch 0, none at the end."""
+    # STAL Eq. (7): alpha_t = alpha_0 (1 - t / T)
     return start * (1 - epoch / epochs)
-
-
-def entropy(prob: torch.Tensor) -> torch.Tensor:
-    """H = -sum_c p_c log p_c of each pixel (STAL Eq. (5)), in nats: (...,C,H,W) -> (...,H,W) float32."""
-    return torch.special.entr(prob.float()).sum(-3)
 
 
 def percentile(
     values: torch.Tensor, share: float, counts: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The value that `share` of `values` lie below, interpolated as numpy.percentile does: any shape -> (1,) float32.
+    """The value that `share` of `values` lie below, interpolated as numpy.percentile does: any
+    shape -> (1,) float32.
 
-    `counts`, bool of the same shape, leaves values out. By sorting: any size (torch.quantile has a limit), no waiting.
+    `counts`, bool of the same shape, leaves values out. By sorting: any size (torch.quantile has a
+    limit), no waiting.
     """
     if counts is None:
         last = torch.full((1,), values.numel() - 1, device=values.device)
@@ -420,262 +439,27 @@ def percentile(
 def reliable_pseudo_labels(
     prob: torch.Tensor, drop: float, rules: str = "paper", counts: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The teacher's argmax, 255 for the share `drop` of pixels: (C,H,W) or (N,C,H,W) -> (H,W) or (N,H,W) uint8.
+    """The teacher's argmax, 255 for the share `drop` of pixels: (C,H,W) or (N,C,H,W) -> (H,W) or
+    (N,H,W) uint8.
 
-    STAL Eqs. (5)-(7): label i is argmax_c p_c where H_i < gamma_t, else ignored; gamma_t is the 100 (1 - drop)-th percentile
-    of H over the batch. `rules="code"`: the official code takes the 100 drop-th percentile and ignores H_i < gamma_t, the
-    most confident pixels. drop=0 labels every pixel. `counts` (H,W) or (N,H,W) bool: pixels outside (a crop's padding)
-    are ignored and not counted. Raises ValueError for a share outside [0,1] or other rules.
+    STAL Eqs. (5)-(7): label i is argmax_c p_c where H_i < gamma_t, else ignored; gamma_t is the 100
+    (1 - drop)-th percentile of H over the batch. `rules="code"`: the official code takes the 100
+    drop-th percentile and ignores H_i < gamma_t, the most confident pixels. drop=0 labels every
+    pixel. `counts` (H,W) or (N,H,W) bool: pixels outside (a crop's padding) are ignored and not
+    counted. Raises ValueError for a share outside [0,1] or other rules.
     """
     if not 0 <= drop <= 1 or rules not in ("paper", "code"):
         raise ValueError(
             f"drop must be in [0,1] and rules 'paper' or 'code', got {drop} and {rules!r}"
         )
+    # STAL Eq. (5): H_i = -sum_c p_ic log p_ic
     uncertainty = entropy(prob)
     labels = prob.argmax(-3).to(torch.uint8)
     if drop > 0 and rules == "paper":
+        # STAL Eq. (6): y_i = argmax_c p_ic where H_i < gamma_t, else ignored
         labels = labels.masked_fill(
             ~(uncertainty < percentile(uncertainty, 1 - drop, counts)), IGNORE
         )
     elif drop > 0:
         labels = labels.masked_fill(uncertainty < percentile(uncertainty, drop, counts), IGNORE)
     return labels if counts is None else labels.masked_fill(~counts, IGNORE)
-
-
-def contrastive_masks(
-    labels: torch.Tensor,
-    pseudo: torch.Tensor,
-    uncertainty: torch.Tensor,
-    size: tuple[int, int],
-    share: float = 0.2,
-    counts: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Labels, reliable and unreliable pixels at the features' size, for losses.contrastive_sets.
-
-    `labels` (L,H,W) true labels, `pseudo` (U,H,W) pseudo-labels and `uncertainty` (U,H,W) their entropy -> (L+U,h,w) uint8
-    and twice bool, by nearest neighbour. Labelled pixels are both; unlabelled ones are reliable up to the 100 share-th
-    percentile of the entropy and unreliable from the 100 (1 - share)-th on (STAL: 20 % and 80 %). `counts` as above.
-    Pseudo-labels by the paper's rule label all reliable pixels; those by the code's rule hardly any.
-    """
-    low, high = (percentile(uncertainty, s, counts) for s in (share, 1 - share))
-    masks = torch.stack([uncertainty <= low, uncertainty >= high])
-    if counts is not None:
-        masks = masks & counts
-    known = (labels != IGNORE).expand(2, *labels.shape)
-    planes = torch.cat(
-        [torch.cat([labels, pseudo])[None], torch.cat([known, masks], 1)]
-    ).float()  # (3,L+U,H,W)
-    small, reliable, unreliable = F.interpolate(planes, size=tuple(size), mode="nearest")
-    return small.to(torch.uint8), reliable.bool(), unreliable.bool()
-
-
-# -------------------------------------------------------------------------------------------------- confidence of classes
-
-
-class ConfidenceBank:
-    """Running confidence of each class, `value` (C,) float32 (AEL): starts at 0, where all classes are alike.
-
-    value_c <- m value_c + (1 - m) mean of p_c over the pixels labelled c, for the classes that are present. The official
-    code starts from random numbers and pulls absent classes towards 0. Under torch.distributed `update` is a
-    collective over the pixels of all processes.
-    """
-
-    def __init__(
-        self, num_classes: int, momentum: float = 0.999, device: torch.device | str = "cpu"
-    ):
-        self.momentum, self.value = momentum, torch.zeros(num_classes, device=device)
-
-    @torch.no_grad()
-    def update(self, prob: torch.Tensor, labels: torch.Tensor) -> None:
-        """prob (N,C,H,W), the student's on labelled images; labels (N,H,W), 255 = none."""
-        hits = [labels == c for c in range(len(self.value))]
-        sums = torch.stack(
-            [(prob[:, c].float() * hit).sum().double() for c, hit in enumerate(hits)]
-        )
-        sums = torch.cat(
-            [sums, torch.stack([hit.sum() for hit in hits])]
-        )  # (2C,): sums of p_c, then pixels
-        total, number = add_up(sums).chunk(2)
-        now = (
-            self.momentum * self.value + (1 - self.momentum) * (total / number.clamp(min=1)).float()
-        )
-        self.value = torch.where(number > 0, now, self.value)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"value": self.value}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.value.copy_(state["value"])
-
-
-def class_chances(confidence: torch.Tensor, power: float = 1.0) -> torch.Tensor:
-    """How likely each class is drawn: softmax((1 - confidence)^power), (C,) -> (C,) float32 (AEL).
-
-    The official code has power 1 for CutMix and 0.5 for copy-paste, there among COPY_PASTE_CLASSES only: pass
-    confidence[list(COPY_PASTE_CLASSES)] and look the drawn places up in that tuple.
-    """
-    return ((1 - confidence).clamp(min=0) ** power).softmax(0)
-
-
-def draw(chances: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Draws by `chances` (C,) from u in [0,1), by the inverse of the cumulative sum: u (...) -> (...) int64."""
-    return torch.searchsorted(chances.double().cumsum(0), u.double(), right=True).clamp(
-        max=len(chances) - 1
-    )
-
-
-def keep_by_class(
-    prediction: torch.Tensor, confidence: torch.Tensor, u: torch.Tensor, power: float = 1.0
-) -> torch.Tensor:
-    """Which pixels the unlabelled loss keeps: prediction (N,H,W) of the student, u the same shape -> (N,H,W) bool.
-
-    AEL: a pixel predicted as c is kept with chance ((1 - confidence_c) / max_d (1 - confidence_d))^power, so that the
-    least confident class is kept whole. Each image has its own random numbers.
-    """
-    weakness = (1 - confidence).clamp(min=0)
-    rate = (weakness / weakness.amax().clamp(min=1e-12)) ** power
-    return u >= (1 - rate)[prediction.long()]
-
-
-# ---------------------------------------------------------------------------------------------------------------- mixing
-
-
-def copy_paste(
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    other_images: torch.Tensor,
-    other_labels: torch.Tensor,
-    classes: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adaptive copy-paste (AEL): the other images' pixels of `classes` (k,) over images and labels.
-
-    Images (N,3,H,W) float, labels (N,H,W) train ids in one label space. Returns new images and labels.
-    """
-    pasted = (other_labels[..., None] == classes).any(
-        -1
-    )  # (N,H,W,1) == (k,) -> (N,H,W,k) -> (N,H,W)
-    return torch.where(pasted[:, None], other_images, images), torch.where(
-        pasted, other_labels, labels
-    )
-
-
-class ImageBank:
-    """Which unlabelled image holds how much of which class: `share` (C,images) float32, 0 until an image was predicted.
-
-    Adaptive CutMix (AEL) draws a class by its weakness, then an image that holds it, as the image cut from.
-    """
-
-    def __init__(self, num_classes: int, images: int, device: torch.device | str = "cpu"):
-        self.share = torch.zeros(num_classes, images, device=device)
-
-    @torch.no_grad()
-    def update(self, index: torch.Tensor, prediction: torch.Tensor) -> None:
-        """Sets the shares of the images `index` (N,) int64 from the teacher's prediction (N,H,W)."""
-        area = torch.stack([(prediction == c).sum((1, 2)) for c in range(len(self.share))])  # (C,N)
-        self.share[:, index] = area / prediction[0].numel()
-
-    def draw(
-        self, chances: torch.Tensor, u: torch.Tensor, least: float = 1e-4
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A class by `chances` (C,) and an image with at least the share `least` of it (any image if none has), u (2,).
-
-        Returns two 0-dim int64 tensors on the device; read them a step later, so that the step does not wait.
-        """
-        c = draw(chances, u[:1])
-        holds = self.share[c][0] >= least  # (images,)
-        return c[0], nth(holds | ~holds.any(), u[1])
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"share": self.share}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.share.copy_(state["share"])
-
-
-def nth(mask: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """The place of the floor(u * n)-th of the n Trues of `mask` (P,), a 0-dim int64; 0 where there is none."""
-    running = mask.cumsum(0)
-    return (
-        (running <= (u * running[-1]).floor().clamp(max=running[-1] - 1))
-        .sum()
-        .clamp(max=len(mask) - 1)
-    )
-
-
-def class_box(
-    prediction: torch.Tensor,
-    c: torch.Tensor | int,
-    u: torch.Tensor,
-    least: float = 1e-4,
-    share: float | None = 0.5,
-    stride: int = 4,
-    sweeps: int = 16,
-) -> torch.Tensor:
-    """A box around a patch of class c for CutMix: prediction (H,W), u (4,) -> (4,) int64 y0, x0, y1, x1 (ends excluded).
-
-    The patch is the connected component (8 neighbours) of a random pixel of the class (u[0]), searched on every `stride`-th
-    pixel by `sweeps` sweeps along rows and columns: a maze with more turns is cut. Its bounding box is then grown or shrunk
-    to `share` of the image (None leaves it): height by u[1], place by u[2], u[3], always holding the patch's box or held by
-    it. Where the class is absent or its patch has no more than the share `least`, the start is the whole image: with 0.5
-    that is plain CutMix. The official code draws a component uniformly (here: by area), tries the next if it is too small,
-    and sizes boxes by other formulas towards the same half of the image; its area is H squared.
-    """
-    height, width = prediction.shape
-    grid = prediction[::stride, ::stride] == c
-    start = (torch.arange(grid.numel(), device=grid.device) == nth(grid.flatten(), u[0])).view_as(
-        grid
-    ) & grid
-    patch = component(grid, start, sweeps)
-    found = patch.sum() > least * grid.numel()
-    y0, y1 = extent(patch.any(1) | ~found, stride, height)
-    x0, x1 = extent(patch.any(0) | ~found, stride, width)
-    size = 0.5 if share is None else share
-    # h' = h (s H W / (h w))^u, w' = s H W / h', within the image
-    tall = ((y1 - y0) * (size * height * width / ((y1 - y0) * (x1 - x0))) ** u[1]).clamp(
-        size * height, height
-    )
-    a0, a1 = place(y0, y1, tall, height, u[2])
-    b0, b1 = place(x0, x1, size * height * width / tall, width, u[3])
-    box = torch.stack([a0, b0, a1, b1])
-    return box if share is not None else torch.where(found, torch.stack([y0, x0, y1, x1]), box)
-
-
-def extent(filled: torch.Tensor, stride: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """First row (or column) and the one after the last, of a mask of every `stride`-th: (n,) bool -> two 0-dim int64."""
-    i = torch.arange(len(filled), device=filled.device)
-    first, last = i.masked_fill(~filled, len(filled)).amin(), i.masked_fill(~filled, -1).amax()
-    return first * stride, (last * stride + stride).clamp(max=length)
-
-
-def place(
-    first: torch.Tensor, last: torch.Tensor, size: torch.Tensor, length: int, u: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """An interval of `size` that holds first..last, or lies in it if it is shorter, within 0..length; u says which."""
-    size = size.round().clamp(min=1).long()
-    low = first.minimum(last - size).clamp(min=0)
-    high = first.maximum(last - size).minimum(length - size)
-    begin = (low + (high - low) * u).round().long()
-    return begin, begin + size
-
-
-def component(grid: torch.Tensor, start: torch.Tensor, sweeps: int) -> torch.Tensor:
-    """The True pixels of `grid` (H,W) that are connected (8 neighbours) with `start`, by at most `sweeps` sweeps: bool."""
-    reached, runs = (
-        start.float(),
-        [(~grid).cumsum(dim) for dim in (1, 0)],
-    )  # pixels of one run have the same number
-    for _ in range(sweeps):
-        for dim, run in zip((1, 0), runs, strict=True):
-            hit = reached.new_zeros(len(grid) + (dim == 0), grid.shape[1] + (dim == 1))
-            reached = hit.scatter_reduce(dim, run, reached, "amax").gather(dim, run) * grid
-        reached = F.max_pool2d(reached[None, None], 3, stride=1, padding=1)[0, 0] * grid
-    return reached.bool()
-
-
-def cutmix(own: torch.Tensor, other: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """`own` with the boxes of `other`: images (N,3,H,W) or labels (N,H,W), boxes (N,4) -> the same shape."""
-    y0, x0, y1, x1 = boxes.T[:, :, None, None]  # each (N,1,1)
-    row = torch.arange(own.shape[-2], device=own.device)[:, None]
-    col = torch.arange(own.shape[-1], device=own.device)
-    inside = (row >= y0) & (row < y1) & (col >= x0) & (col < x1)  # (N,H,W)
-    return torch.where(inside if own.ndim == 3 else inside[:, None], other, own)

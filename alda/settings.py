@@ -1,7 +1,7 @@
-"""What can be set? Every setting with its default, each paper's values, and the command line's options.
+"""Every setting with its default, each paper's values, the command line's options. What can be set?
 
 from alda.settings import settings_for
-s = settings_for({"strategy": "ripu", "root": "toy"})      # the paper's values, changed for the miniature world
+s = settings_for({"strategy": "ripu", "root": "toy"})   # the paper's values, changed for the miniature world
 """
 
 import argparse
@@ -12,43 +12,42 @@ import sys
 from dataclasses import dataclass
 
 from alda import InputError
-from alda.evaluation import PROTOCOLS, parse_size, protocol_named
+from alda.acquisition import SCORES
+from alda.datasets import parse_scale, parse_size
 
-
-def option(default, group: str, text: str, choices: tuple = ()):
-    """A settings field: its default, the --help group it stands in, its meaning and unit, its allowed values."""
-    return dataclasses.field(
-        default=default, metadata={"group": group, "help": text, "choices": choices}
-    )
-
-
-QUERIES = (
-    "random",
-    "entropy",
-    "margin",
-    "ripu",
-    "ripu-pa",
-    "cbda",
-)  # strategies that ask for pixels
+QUERIES = tuple(SCORES)  # strategies that ask for pixels
 SELF_TRAINING = ("st", "cbst", "cbst-sp")  # strategies that ask for nothing
 STRATEGIES = ("source-only", "full", *QUERIES, "stal", *SELF_TRAINING)
+PROTOCOLS = ("ripu", "sliding", "whole")  # how a network is tested: evaluation.PROTOCOLS
+# who reads an option that not all strategies read
+STAL = ("stal",)
+SCHEDULED = ("source-only", "full", *QUERIES)
+ROUNDS = (*QUERIES, "stal", *SELF_TRAINING)
+TARGET_LABELS = ("full", *ROUNDS)
 
 
-AT_LEAST_1 = ("steps", "batch", "rounds", "log_every", "checkpoint_every", "bank")
-AT_LEAST_0 = ("workers", "threads", "epochs", "poly_steps", "momentum", "weight_decay", "radius", "pixels", "consistency",
-              "negative", "eval_every", "pictures", "source_steps", "source_images", "pseudo_weight", "unlabelled", "contrast",
-              "auxiliary", "ohem_pixels")  # fmt: skip
-SHARES = ("portion", "portion_step", "portion_max", "source_portion", "source_portion_step", "source_portion_max", "mine",
-          "drop", "contrast_start", "ema")  # fmt: skip
+def option(default, group: str, text: str, choices=(), low=None, high=None, read_by=STRATEGIES):
+    """A settings field: its default, the --help group it stands in, its meaning and unit, the
+    values it may have (`choices`, or numbers from `low` to `high`), and the strategies that read
+    it."""
+    meta = {"group": group, "help": text, "choices": choices}
+    meta |= {"low": low, "high": high, "read_by": read_by}
+    return dataclasses.field(default=default, metadata=meta)
 
 
 @dataclass
 class Settings:
-    """Every setting of a run. Defaults are RIPU's published schedule; PAPER and TOY below change them by strategy."""
+    """Every setting of a run. Defaults are RIPU's published schedule; PAPER and TOY below change
+    them by strategy.
 
-    strategy: str = option("ripu", "run", "who chooses the labels", STRATEGIES)
-    src: str = option("gta5", "run", "source dataset", ("gta5", "synthia"))
-    tgt: str = option("cityscapes", "run", "target dataset", ("cityscapes", "acdc"))
+    Sizes are given as WxH, as people write them; `source_hw`, `target_hw`, `crop_hw`, `test_hw` and
+    `scale_range` are what they mean: (H, W) or None where the option is empty, and (lowest,
+    highest).
+    """
+
+    strategy: str = option("ripu", "run", "who chooses the labels", choices=STRATEGIES)
+    src: str = option("gta5", "run", "source dataset", choices=("gta5", "synthia"))
+    tgt: str = option("cityscapes", "run", "target dataset", choices=("cityscapes", "acdc"))
     root: str = option(
         "data",
         "run",
@@ -61,22 +60,28 @@ class Settings:
         4,
         "run",
         "processes that load data; 0 loads in the main process; results do not depend on it",
+        low=0,
     )
-    threads: int = option(0, "run", "CPU threads of torch; 0 leaves torch's choice")
+    threads: int = option(0, "run", "CPU threads of torch; 0 leaves torch's choice", low=0)
     precision: str = option(
         "float32",
         "run",
         "bfloat16: autocast in training and scoring; tests stay float32",
-        ("float32", "bfloat16"),
+        choices=("float32", "bfloat16"),
     )
     resume: bool = option(False, "run", "go on from the last checkpoint of --out")
     rules: str = option(
-        "paper", "run", "where equation and official code contradict each other", ("paper", "code")
+        "paper",
+        "run",
+        "where equation and official code contradict each other",
+        choices=("paper", "code"),
     )
 
-    net: str = option("deeplabv2", "network", "segmentation head", ("deeplabv2", "deeplabv3plus"))
+    net: str = option(
+        "deeplabv2", "network", "segmentation head", choices=("deeplabv2", "deeplabv3plus")
+    )
     backbone: str = option(
-        "resnet101", "network", "torchvision ResNet", ("resnet101", "resnet50", "resnet18")
+        "resnet101", "network", "torchvision ResNet", choices=("resnet101", "resnet50", "resnet18")
     )
     init: str = option(
         "imagenet",
@@ -87,27 +92,37 @@ class Settings:
         "ripu",
         "network",
         "the DeepLabV3+ of RIPU, or of STAL (dense ASPP 12/24/36, multi-grid)",
-        ("ripu", "stal"),
+        choices=("ripu", "stal"),
     )
     batch_norm: str = option(
-        "auto", "network", "auto: live with --init none, else frozen", ("auto", "frozen", "live")
+        "auto",
+        "network",
+        "auto: live with --init none, else frozen",
+        choices=("auto", "frozen", "live"),
     )
 
-    steps: int = option(40_000, "schedule", "optimizer steps, over all rounds")
+    steps: int = option(40_000, "schedule", "optimizer steps, over all rounds", low=1)
     epochs: int = option(
         0,
         "schedule",
-        "CBST, STAL: passes over the training images in each round, instead of --steps (0: --steps)",
+        "CBST, STAL: passes over the training images in each round, instead of --steps (0: "
+        "--steps)",
+        low=0,
+        read_by=("stal", *SELF_TRAINING),
     )
     poly_steps: int = option(
-        0, "schedule", "length of the poly decay; 0 is 1.5625 x steps (RIPU: 62,500 for 40,000)"
+        0,
+        "schedule",
+        "length of the poly decay; 0 is 1.5625 x steps (RIPU: 62,500 for 40,000)",
+        low=0,
+        read_by=SCHEDULED,
     )
-    batch: int = option(2, "schedule", "images a step, of the source and of the target each")
+    batch: int = option(2, "schedule", "images a step, of the source and of the target each", low=1)
     lr: float = option(
         2.5e-4, "schedule", "learning rate of the backbone; the head has 10 times as much"
     )
-    momentum: float = option(0.9, "schedule", "SGD momentum")
-    weight_decay: float = option(5e-4, "schedule", "SGD weight decay")
+    momentum: float = option(0.9, "schedule", "SGD momentum", low=0)
+    weight_decay: float = option(5e-4, "schedule", "SGD weight decay", low=0)
     source_size: str = option(
         "1280x720", "schedule", "WxH that source images are resized to; '': their own"
     )
@@ -118,131 +133,247 @@ class Settings:
     scale: str = option("1,1", "schedule", "range of a random scaling before the crop")
     flip: bool = option(False, "schedule", "mirror half of the training images")
     source_sampling: str = option(
-        "balanced", "schedule", "order of source images", ("balanced", "uniform")
+        "balanced",
+        "schedule",
+        "order of source images",
+        choices=("balanced", "uniform"),
+        read_by=SCHEDULED,
     )
-    log_every: int = option(50, "schedule", "steps between progress lines")
-    checkpoint_every: int = option(1000, "schedule", "steps between checkpoints")
+    log_every: int = option(50, "schedule", "steps between progress lines", low=1)
+    checkpoint_every: int = option(1000, "schedule", "steps between checkpoints", low=1)
 
     budget: float = option(
         0.022,
         "queries",
-        "share of each target image's pixels (STAL: of the target images) that may be asked, over all rounds",
+        "share of each target image's pixels (STAL: of the target images) that may be asked, "
+        "over all rounds",
+        read_by=(*QUERIES, "stal"),
     )
     rounds: int = option(
-        5, "queries", "rounds: of queries, of pseudo-labels (CBST), or loops (STAL)"
+        5,
+        "queries",
+        "rounds: of queries, of pseudo-labels (CBST), or loops (STAL)",
+        low=1,
+        read_by=ROUNDS,
     )
     query_steps: str = option(
         "",
         "queries",
         "steps before which the rounds are asked, '10000,12000'; default 25%%..45%% of steps",
+        read_by=QUERIES,
     )
     unit: str = option(
         "region",
         "queries",
         "what a pick labels: its whole region or its centre pixel",
-        ("region", "pixel"),
+        choices=("region", "pixel"),
+        read_by=QUERIES,
     )
     radius: int = option(
         1,
         "queries",
         "k: a region is the (2k+1)^2 square around its centre; pixel picks block within k",
+        low=0,
+        read_by=QUERIES,
     )
     pixels: int = option(
         0,
         "queries",
         "with --unit pixel: pixels an image over all rounds instead of --budget; 0: --budget",
+        low=0,
+        read_by=QUERIES,
     )
     keep_labels: bool = option(
-        False, "queries", "resize labels so that no bought one is lost (default: nearest neighbour)"
+        False,
+        "queries",
+        "resize labels so that no bought one is lost (default: nearest neighbour)",
+        read_by=TARGET_LABELS,
     )
 
     cbda: str = option(
         "both",
         "CBDA",
-        "dynamic: one budget over the whole target set (the paper's words); balance: scores weighted by class with "
-        "max(0, 1 - n_c / (t_c B)), this project's formula for the paper's words; both",
-        ("dynamic", "balance", "both"),
+        "dynamic: one budget over the whole target set (the paper's words); balance: scores "
+        "weighted by class with max(0, 1 - n_c / (t_c B)), this project's formula for the "
+        "paper's words; both",
+        choices=("dynamic", "balance", "both"),
+        read_by=("cbda",),
     )
 
     portion: float = option(
-        0.2, "CBST", "share of each class's predictions that is pseudo-labelled in the first round"
+        0.2,
+        "CBST",
+        "share of each class's predictions that is pseudo-labelled in the first round",
+        low=0,
+        high=1,
+        read_by=(*QUERIES, *SELF_TRAINING),
     )
-    portion_step: float = option(0.05, "CBST", "what is added to it in each later round")
-    portion_max: float = option(0.5, "CBST", "where it stops")
+    portion_step: float = option(
+        0.05,
+        "CBST",
+        "what is added to it in each later round",
+        low=0,
+        high=1,
+        read_by=(*QUERIES, *SELF_TRAINING),
+    )
+    portion_max: float = option(
+        0.5, "CBST", "where it stops", low=0, high=1, read_by=(*QUERIES, *SELF_TRAINING)
+    )
     source_portion: float = option(
-        0.03, "CBST", "share of the source images that the first round trains on"
+        0.03,
+        "CBST",
+        "share of the source images that the first round trains on",
+        low=0,
+        high=1,
+        read_by=SELF_TRAINING,
     )
-    source_portion_step: float = option(0.0025, "CBST", "what is added to it in each later round")
-    source_portion_max: float = option(0.06, "CBST", "where it stops")
-    mine: float = option(0.8, "CBST", "chance of a crop around a rare class; needs --crop")
+    source_portion_step: float = option(
+        0.0025,
+        "CBST",
+        "what is added to it in each later round",
+        low=0,
+        high=1,
+        read_by=SELF_TRAINING,
+    )
+    source_portion_max: float = option(
+        0.06, "CBST", "where it stops", low=0, high=1, read_by=SELF_TRAINING
+    )
+    mine: float = option(
+        0.8,
+        "CBST",
+        "chance of a crop around a rare class; needs --crop",
+        low=0,
+        high=1,
+        read_by=SELF_TRAINING,
+    )
     source_steps: int = option(
         0,
         "CBST",
         "steps of the source training where --init is no file; 0: as many as source-only's default",
+        low=0,
+        read_by=SELF_TRAINING,
     )
     pseudo: str = option(
         "none",
         "CBST",
         "pseudo-labels beside the bought labels, for strategies that query pixels",
-        ("none", *SELF_TRAINING),
+        choices=("none", *SELF_TRAINING),
+        read_by=QUERIES,
     )
     pseudo_steps: str = option(
         "",
         "CBST",
-        "with --pseudo: steps before which the target is labelled anew; default the last query and three more, evenly",
+        "with --pseudo: steps before which the target is labelled anew; default the last "
+        "query and three more, evenly",
+        read_by=QUERIES,
     )
-    pseudo_weight: float = option(1.0, "CBST", "with --pseudo: weight of their cross-entropy")
+    pseudo_weight: float = option(
+        1.0, "CBST", "with --pseudo: weight of their cross-entropy", low=0, read_by=QUERIES
+    )
 
-    source_images: int = option(2000, "STAL", "source images, drawn by --seed; 0: all")
+    source_images: int = option(
+        2000, "STAL", "source images, drawn by --seed; 0: all", low=0, read_by=STAL
+    )
     drop: float = option(
-        0.2, "STAL", "alpha_0: share of target pixels without pseudo-label, falling to 0 (Eq. 7)"
+        0.2,
+        "STAL",
+        "alpha_0: share of target pixels without pseudo-label, falling to 0 (Eq. 7)",
+        low=0,
+        high=1,
+        read_by=STAL,
     )
     unlabelled: float = option(
-        1.0, "STAL", "lambda_u, weight of the pseudo-labelled target pixels (Eq. 1); 0: left out"
+        1.0,
+        "STAL",
+        "lambda_u, weight of the pseudo-labelled target pixels (Eq. 1); 0: left out",
+        low=0,
+        read_by=STAL,
     )
     contrast: float = option(
-        0.1, "STAL", "lambda_c, weight of the contrastive loss (Eq. 1); 0: left out"
+        0.1,
+        "STAL",
+        "lambda_c, weight of the contrastive loss (Eq. 1); 0: left out",
+        low=0,
+        read_by=STAL,
     )
     contrast_start: float = option(
-        0.1, "STAL", "share of a loop's steps before the contrastive loss (20 of 200 epochs)"
+        0.1,
+        "STAL",
+        "share of a loop's steps before the contrastive loss (20 of 200 epochs)",
+        low=0,
+        high=1,
+        read_by=STAL,
     )
     image_queries: str = option(
         "uncertainty",
         "STAL",
         "images of the later loops: the most uncertain (Eq. 8), or random",
-        ("uncertainty", "random"),
+        choices=("uncertainty", "random"),
+        read_by=STAL,
     )
     restart: bool = option(
         False,
         "STAL",
-        "each loop starts from --init again, as the official configurations; default: from the last teacher",
+        "each loop starts from --init again, as the official configurations; default: from "
+        "the last teacher",
+        read_by=STAL,
     )
-    auxiliary: float = option(0.4, "STAL", "weight of the auxiliary head's loss; 0: no such head")
+    auxiliary: float = option(
+        0.4, "STAL", "weight of the auxiliary head's loss; 0: no such head", low=0, read_by=STAL
+    )
     ohem_pixels: int = option(
-        100_000, "STAL", "hard pixels that are kept at least in the supervised loss"
+        100_000,
+        "STAL",
+        "hard pixels that are kept at least in the supervised loss",
+        low=0,
+        read_by=STAL,
     )
     ohem_threshold: float = option(
-        0.7, "STAL", "pixels less likely than this are hard; 1: all are, plain cross-entropy"
+        0.7,
+        "STAL",
+        "pixels less likely than this are hard; 1: all are, plain cross-entropy",
+        read_by=STAL,
     )
-    ema: float = option(0.99, "STAL", "largest decay of the teacher's average")
+    ema: float = option(
+        0.99, "STAL", "largest decay of the teacher's average", low=0, high=1, read_by=STAL
+    )
     bank: int = option(
-        30_000, "STAL", "features a class in the memory bank; 5/3 as many for class 0"
+        30_000,
+        "STAL",
+        "features a class in the memory bank; 5/3 as many for class 0",
+        low=1,
+        read_by=STAL,
     )
-    copy_paste: bool = option(True, "STAL", "adaptive copy-paste on labelled images (AEL)")
-    cutmix: bool = option(True, "STAL", "adaptive CutMix on unlabelled images (AEL)")
-    class_keep: bool = option(True, "STAL", "thin the pseudo-labels of confident classes (AEL)")
+    copy_paste: bool = option(
+        True, "STAL", "adaptive copy-paste on labelled images (AEL)", read_by=STAL
+    )
+    cutmix: bool = option(True, "STAL", "adaptive CutMix on unlabelled images (AEL)", read_by=STAL)
+    class_keep: bool = option(
+        True, "STAL", "thin the pseudo-labels of confident classes (AEL)", read_by=STAL
+    )
 
     consistency: float = option(
-        0.1, "RIPU losses", "weight of local consistency on the source (Eq. 7)"
+        0.1,
+        "RIPU losses",
+        "weight of local consistency on the source (Eq. 7)",
+        low=0,
+        read_by=SCHEDULED,
     )
     negative: float = option(
-        1.0, "RIPU losses", "weight of negative learning on the target (Eq. 8)"
+        1.0,
+        "RIPU losses",
+        "weight of negative learning on the target (Eq. 8)",
+        low=0,
+        read_by=SCHEDULED,
     )
     source_free: str = option(
-        "", "RIPU losses", "CHECKPOINT of a source-trained network: adapt without any source image"
+        "",
+        "RIPU losses",
+        "CHECKPOINT of a source-trained network: adapt without any source image",
+        read_by=SCHEDULED,
     )
 
-    protocol: str = option("ripu", "evaluation", "test protocol", tuple(PROTOCOLS))
+    protocol: str = option("ripu", "evaluation", "test protocol", choices=PROTOCOLS)
     test_size: str = option(
         "", "evaluation", "WxH of the test input for ripu and whole; default --target-size for ripu"
     )
@@ -250,35 +381,43 @@ class Settings:
         0,
         "evaluation",
         "also score the validation split every so many steps (logged, never chosen by)",
+        low=0,
+        read_by=(*SCHEDULED, *SELF_TRAINING),
     )
-    pictures: int = option(4, "evaluation", "target images drawn to pictures/ in each round")
+    pictures: int = option(4, "evaluation", "target images drawn to pictures/ in each round", low=0)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), field.metadata["choices"]
-            name = "--" + field.name.replace("_", "-")
-            if field.type is float and isinstance(value, int):
-                setattr(self, field.name, float(value))
-            elif type(value) is not field.type:
-                raise InputError(f"{name} must be {field.type.__name__}, got {value!r}")
-            if choices and value not in choices:
-                raise InputError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-        for names, low in ((AT_LEAST_1, 1), (AT_LEAST_0, 0)):
-            for name in names:
-                if not getattr(self, name) >= low:  # also refuses nan
-                    raise InputError(
-                        f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}"
-                    )
-        for name in SHARES:
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(
-                    f"--{name.replace('_', '-')} is a share, from 0 to 1; got {getattr(self, name)}"
-                )
+            self._check_field(field)
+        sizes = {name: getattr(self, f"{name}_size") for name in ("source", "target", "test")}
+        for name, text in {**sizes, "crop": self.crop}.items():
+            setattr(self, f"{name}_hw", parse_size(text) if text or name == "target" else None)
+        self.scale_range = parse_scale(self.scale)
+        self._check_together()
+
+    def _check_field(self, field: dataclasses.Field) -> None:
+        """Type, choices and range of one setting; a whole number is a float where one is due."""
+        meta, value = field.metadata, getattr(self, field.name)
+        name = "--" + field.name.replace("_", "-")
+        if field.type is float and isinstance(value, int):
+            value = float(value)
+            setattr(self, field.name, value)
+        if type(value) is not field.type:
+            raise InputError(f"{name} must be {field.type.__name__}, got {value!r}")
+        if meta["choices"] and value not in meta["choices"]:
+            raise InputError(f"{name} must be one of {', '.join(meta['choices'])}; got {value!r}")
+        if meta["high"] is not None and not meta["low"] <= value <= meta["high"]:
+            raise InputError(f"{name} is a share, from 0 to 1; got {value}")
+        if meta["low"] is not None and not value >= meta["low"]:  # also refuses nan
+            raise InputError(f"{name} must be at least {meta['low']}, got {value}")
+
+    def _check_together(self) -> None:
+        """Settings that contradict each other."""
         if self.pseudo != "none" and self.strategy not in QUERIES:
             raise InputError(
                 f"--pseudo goes with {', '.join(QUERIES)}; --strategy {self.strategy} has its own labels"
             )
-        if parse_scale(self.scale) != (1.0, 1.0) and not self.crop:
+        if self.scale_range != (1.0, 1.0) and not self.crop:
             raise InputError("--scale needs --crop: the images of a batch must have one size")
         if not 0 < self.lr < math.inf:
             raise InputError(f"--lr must be above 0, got {self.lr}")
@@ -296,10 +435,6 @@ class Settings:
             raise InputError(
                 "--pseudo cbst-sp reads the source's labels, --source-free has none: take --pseudo cbst"
             )
-        for size in (self.source_size, self.crop, self.test_size):
-            if size:
-                parse_size(size)
-        parse_size(self.target_size)
         if not self.source_size and not self.crop:
             raise InputError(
                 "--source-size '' keeps each image's own size and needs --crop: a batch has one size"
@@ -310,19 +445,8 @@ class Settings:
             )
 
 
-def parse_scale(text: str) -> tuple[float, float]:
-    """ "0.5,1.5" to (0.5, 1.5)."""
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        low, high = 0.0, 0.0
-    if not 0 < low <= high < math.inf:
-        raise InputError(f"--scale is LOW,HIGH, for example 0.5,1.5; got {text!r}")
-    return low, high
-
-
-# CBST's PyTorch version crops and augments as here; its MXNet version, whose learning rate falls by sqrt(2) a round as
-# here, crops 500 at scales 0.7 to 1.3.
+# CBST's PyTorch version crops and augments as here; its MXNet version, whose learning rate falls by
+# sqrt(2) a round as here, crops 500 at scales 0.7 to 1.3.
 _CBST = {
     "lr": 1e-4,
     "rounds": 6,
@@ -358,10 +482,8 @@ PAPER: dict[str, dict] = {
     },
     **dict.fromkeys(SELF_TRAINING, _CBST),
 }
-SOURCE_FREE = {
-    "steps": 30_000,
-    "consistency": 0.0,
-}  # queries at 0, 2,000, ..., 8,000 of 30,000: see query_schedule
+# queries at 0, 2,000, ..., 8,000 of 30,000: see query_schedule
+SOURCE_FREE = {"steps": 30_000, "consistency": 0.0}
 # The miniature world: ResNet-18 from random weights on small pictures.
 TOY = {
     "backbone": "resnet18",
@@ -402,38 +524,11 @@ TOY_BY_STRATEGY: dict[str, dict] = {
 }
 
 
-# Which strategies read a setting that not all of them read; the fields of the group STAL belong to stal alone.
-_SCHEDULED = ("source-only", "full", *QUERIES)
-READ_BY: dict[str, tuple] = {
-    **dict.fromkeys(
-        ("query_steps", "unit", "radius", "pixels", "pseudo", "pseudo_steps", "pseudo_weight"),
-        QUERIES,
-    ),
-    **dict.fromkeys(("budget",), (*QUERIES, "stal")),
-    "keep_labels": ("full", *QUERIES, "stal", *SELF_TRAINING),
-    "rounds": (*QUERIES, "stal", *SELF_TRAINING),
-    "cbda": ("cbda",),
-    **dict.fromkeys(
-        ("poly_steps", "source_sampling", "consistency", "negative", "source_free"), _SCHEDULED
-    ),
-    **dict.fromkeys(
-        ("source_portion", "source_portion_step", "source_portion_max", "mine", "source_steps"),
-        SELF_TRAINING,
-    ),
-    **dict.fromkeys(("portion", "portion_step", "portion_max"), (*QUERIES, *SELF_TRAINING)),
-    "epochs": ("stal", *SELF_TRAINING),
-    "eval_every": (*_SCHEDULED, *SELF_TRAINING),
-    **{
-        field.name: ("stal",)
-        for field in dataclasses.fields(Settings)
-        if field.metadata["group"] == "STAL"
-    },
-}
-
-
 def without_effect(given: dict, s: Settings) -> list[str]:
-    """The options that were given although the strategy does not read them, as people write them."""
-    idle = {name for name in given if s.strategy not in READ_BY.get(name, STRATEGIES)}
+    """The options that were given although the strategy does not read them, as people write
+    them."""
+    readers = {field.name: field.metadata["read_by"] for field in dataclasses.fields(Settings)}
+    idle = {name for name in given if s.strategy not in readers[name]}
     if s.pseudo == "none" and s.strategy in QUERIES:
         idle |= given.keys() & {
             "portion",
@@ -450,7 +545,8 @@ def without_effect(given: dict, s: Settings) -> list[str]:
 
 
 def settings_for(given: dict) -> Settings:
-    """Settings from the options that were given, over the toy world's, over the paper's, over the defaults."""
+    """Settings from the options that were given, over the toy world's, over the paper's, over the
+    defaults."""
     strategy = given.get("strategy", "ripu")
     merged = dict(PAPER.get(strategy, {}))
     if given.get("source_free"):
@@ -473,12 +569,6 @@ def settings_for(given: dict) -> Settings:
     if "budget" in given and "pixels" in merged:
         merged["pixels"] = 0  # the share that was asked for, not the paper's 40 pixels
     return Settings(**{**merged, **given})
-
-
-def protocol_of(s: Settings):
-    """The protocol of the run's reports; `ripu` tests at the training size of the target unless --test-size says otherwise."""
-    size = s.test_size or (s.target_size if s.protocol == "ripu" else "")
-    return protocol_named(s.protocol, parse_size(size) if size else None)
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,72 +1,476 @@
-"""What happens in a step of STAL? Teacher, mixing, pseudo-labels and the three losses of Eq. (1).
+"""STAL's step around its equations: adaptive mixing, banks, contrastive masks. What happens in
+STAL's step?
 
-    system = Stal(s, run, source, target)
-    losses, health = system.losses(batch, others, generator, progress)      # the loop itself is in loop.py
+    from alda.stal import Partners, ConfidenceBank, ImageBank, class_box, cutmix
+    others = partners.next(step)                             # what step - 2 drew, loaded meanwhile
+    partners.draw(confidence.value, images, generator)       # at once: what step + 2 will get
 
-STAL (later ILM-ASSL): Guan and Yuan, arXiv 2301.13361. Adaptive parts: AEL, Hu et al., arXiv 2110.05474. Contrastive part:
-U2PL, Wang et al., arXiv 2203.03884. N images of each kind (labelled, unlabelled), C classes, H, W pixels, h, w features.
+The losses are in losses.py, the pseudo-labels and the teacher in selftraining.py, the loop in
+loop.py. STAL (later ILM-ASSL): Guan and Yuan, arXiv 2301.13361. Adaptive parts (confidence bank,
+copy-paste, CutMix, keep rate): AEL, Hu et al., arXiv 2110.05474; STAL's official code uses them,
+its equations do not name them. Contrastive masks: U2PL, Wang et al., arXiv 2203.03884. Each part is
+a function or class of its own: leave the call out to ablate it.
+
+A step begins by drawing classes and images to mix in, on the device. The next step reads them: the
+device has then begun the step that drew them, and all the rest of that step is still queued.
+Threads load the images; the step after that uses them. Nothing else here waits for the device:
+shapes do not depend on values, and random numbers u, uniform in [0,1), are arguments: draw them
+with torch.rand(..., generator=...) or give recorded ones.
+
+Axes: N images, C classes, H rows, W columns, h, w features; labels uint8 train ids, 255 = none.
+
+Plain bugs of the official code (ILM-ASSL d10fd0f) that are not reproduced:
+ - a class absent from the batch is given confidence 0 and pulled down  -> only present classes move
+ - the keep map of one image is used for all                            -> u has a value for each pixel
+ - crops pad labels with 0, road                                        -> JointTransform pads with 255
+ - copy-paste reads GTA5's palette PNGs as grey levels                  -> read_label gives train ids
+ - SYNTHIA's labels are resized bilinearly, which invents classes       -> resize_labels, nearest
+ - SYNTHIA's 16 ids are pasted among Cityscapes' 19                     -> one space of 19 train ids
+ - CutMix uses one image of the batch, batch 1 fails                    -> every image is mixed
+ - a class that fills the image has no component, areas are H squared   -> its box is the image; H * W
 """
 
 import copy
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from alda import IGNORE, deeplab
-from alda.datasets import NUM_CLASSES, mix_seed
+from alda.datasets import (
+    NUM_CLASSES,
+    SegmentationDataset,
+    TrainingView,
+    class_presence,
+    mix_seed,
+    truth_inside,
+)
+from alda.distributed import all_reduce, broadcast_buffers, rank_and_world
 from alda.evaluation import evaluate
-from alda.losses import (
-    MemoryBank,
-    contrastive,
-    contrastive_sets,
-    ohem_cross_entropy,
-    weighted_consistency,
-)
-from alda.mixing import CUT, PASTE, Partners
-from alda.processes import rank_and_number, share_buffers
-from alda.run import Run
-from alda.selftraining import (
-    ConfidenceBank,
-    ImageBank,
-    class_box,
-    contrastive_masks,
-    copy_paste,
-    cutmix,
-    drop_share,
-    entropy,
-    keep_by_class,
-    reliable_pseudo_labels,
-)
+from alda.losses import MemoryBank, ohem_cross_entropy, weighted_consistency
+from alda.run import Run, transform_of
+from alda.selftraining import percentile
 from alda.settings import Settings
 
+# the official list for copy-paste: all train ids but road, sidewalk, building, vegetation and sky
+COPY_PASTE_CLASSES = tuple(c for c in range(19) if c not in (0, 1, 2, 8, 10))
 
-class Stal:
-    """What STAL keeps beside the student: teacher, memory bank, confidences, image bank, images to mix in.
 
-    All of it is in the checkpoint (`run.parts`). Every part can be left out: --unlabelled 0, --contrast 0, --auxiliary 0,
-    --no-copy-paste, --no-cutmix, --no-class-keep, --ohem-threshold 1, --drop 0.
+# ---------------------------------------------------------------------------- confidence of classes
+
+
+class ConfidenceBank:
+    """Running confidence of each class, `value` (C,) float32 (AEL): starts at 0, where all classes
+    are alike.
+
+    value_c <- m value_c + (1 - m) mean of p_c over the pixels labelled c, for the classes that are
+    present. The official code starts from random numbers and pulls absent classes towards 0. Under
+    torch.distributed `update` is a collective over the pixels of all processes.
     """
 
+    def __init__(
+        self, num_classes: int, momentum: float = 0.999, device: torch.device | str = "cpu"
+    ):
+        self.momentum, self.value = momentum, torch.zeros(num_classes, device=device)
+
+    @torch.no_grad()
+    def update(self, prob: torch.Tensor, labels: torch.Tensor) -> None:
+        """prob (N,C,H,W), the student's on labelled images; labels (N,H,W), 255 = none."""
+        hits = [labels == c for c in range(len(self.value))]
+        sums = torch.stack(
+            [(prob[:, c].float() * hit).sum().double() for c, hit in enumerate(hits)]
+        )
+        # (2C,): sums of p_c, then pixels
+        sums = torch.cat([sums, torch.stack([hit.sum() for hit in hits])])
+        total, number = all_reduce(sums).chunk(2)
+        now = (
+            self.momentum * self.value + (1 - self.momentum) * (total / number.clamp(min=1)).float()
+        )
+        self.value = torch.where(number > 0, now, self.value)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.value.copy_(state["value"])
+
+
+def class_chances(confidence: torch.Tensor, power: float = 1.0) -> torch.Tensor:
+    """How likely each class is drawn: softmax((1 - confidence)^power), (C,) -> (C,) float32 (AEL).
+
+    The official code has power 1 for CutMix and 0.5 for copy-paste, there among COPY_PASTE_CLASSES
+    only: pass confidence[list(COPY_PASTE_CLASSES)] and look the drawn places up in that tuple.
+    """
+    return ((1 - confidence).clamp(min=0) ** power).softmax(0)
+
+
+def draw(chances: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Draws by `chances` (C,) from u in [0,1), by the inverse of the cumulative sum: u (...) ->
+    (...) int64."""
+    return torch.searchsorted(chances.double().cumsum(0), u.double(), right=True).clamp(
+        max=len(chances) - 1
+    )
+
+
+def keep_by_class(
+    prediction: torch.Tensor, confidence: torch.Tensor, u: torch.Tensor, power: float = 1.0
+) -> torch.Tensor:
+    """Which pixels the unlabelled loss keeps: prediction (N,H,W) of the student, u the same shape
+    -> (N,H,W) bool.
+
+    AEL: a pixel predicted as c is kept with chance ((1 - confidence_c) / max_d (1 -
+    confidence_d))^power, so that the least confident class is kept whole. Each image has its own
+    random numbers.
+    """
+    weakness = (1 - confidence).clamp(min=0)
+    rate = (weakness / weakness.amax().clamp(min=1e-12)) ** power
+    return u >= (1 - rate)[prediction.long()]
+
+
+# ------------------------------------------------------------------------------------------- mixing
+
+
+def copy_paste(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    other_images: torch.Tensor,
+    other_labels: torch.Tensor,
+    classes: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adaptive copy-paste (AEL): the other images' pixels of `classes` (k,) over images and labels.
+
+    Images (N,3,H,W) float, labels (N,H,W) train ids in one label space. Returns new images and
+    labels.
+    """
+    # (N,H,W,1) == (k,) -> (N,H,W,k) -> (N,H,W)
+    pasted = (other_labels[..., None] == classes).any(-1)
+    return torch.where(pasted[:, None], other_images, images), torch.where(
+        pasted, other_labels, labels
+    )
+
+
+class ImageBank:
+    """Which unlabelled image holds how much of which class: `share` (C,images) float32, 0 until an
+    image was predicted.
+
+    Adaptive CutMix (AEL) draws a class by its weakness, then an image that holds it, as the image
+    cut from.
+    """
+
+    def __init__(self, num_classes: int, images: int, device: torch.device | str = "cpu"):
+        self.share = torch.zeros(num_classes, images, device=device)
+
+    @torch.no_grad()
+    def update(self, index: torch.Tensor, prediction: torch.Tensor) -> None:
+        """Sets the shares of the images `index` (N,) int64 from the teacher's prediction
+        (N,H,W)."""
+        area = torch.stack([(prediction == c).sum((1, 2)) for c in range(len(self.share))])  # (C,N)
+        self.share[:, index] = area / prediction[0].numel()
+
+    def draw(
+        self, chances: torch.Tensor, u: torch.Tensor, least: float = 1e-4
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A class by `chances` (C,) and an image with at least the share `least` of it (any image
+        if none has), u (2,).
+
+        Returns two 0-dim int64 tensors on the device; read them a step later, so that the step does
+        not wait.
+        """
+        c = draw(chances, u[:1])
+        holds = self.share[c][0] >= least  # (images,)
+        return c[0], nth(holds | ~holds.any(), u[1])
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"share": self.share}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.share.copy_(state["share"])
+
+
+def nth(mask: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """The place of the floor(u * n)-th of the n Trues of `mask` (P,), a 0-dim int64; 0 where there
+    is none."""
+    running = mask.cumsum(0)
+    return (
+        (running <= (u * running[-1]).floor().clamp(max=running[-1] - 1))
+        .sum()
+        .clamp(max=len(mask) - 1)
+    )
+
+
+def class_box(
+    prediction: torch.Tensor,
+    c: torch.Tensor | int,
+    u: torch.Tensor,
+    least: float = 1e-4,
+    share: float | None = 0.5,
+    stride: int = 4,
+    sweeps: int = 16,
+) -> torch.Tensor:
+    """A box around a patch of class c for CutMix: prediction (H,W), u (4,) -> (4,) int64 y0, x0,
+    y1, x1 (ends excluded).
+
+    The patch is the connected component (8 neighbours) of a random pixel of the class (u[0]),
+    searched on every `stride`-th pixel by `sweeps` sweeps along rows and columns: a maze with more
+    turns is cut. Its bounding box is then grown or shrunk to `share` of the image (None leaves it):
+    height by u[1], place by u[2], u[3], always holding the patch's box or held by it. Where the
+    class is absent or its patch has no more than the share `least`, the start is the whole image:
+    with 0.5 that is plain CutMix. The official code draws a component uniformly (here: by area),
+    tries the next if it is too small, and sizes boxes by other formulas towards the same half of
+    the image; its area is H squared.
+    """
+    height, width = prediction.shape
+    grid = prediction[::stride, ::stride] == c
+    start = (torch.arange(grid.numel(), device=grid.device) == nth(grid.flatten(), u[0])).view_as(
+        grid
+    ) & grid
+    patch = component(grid, start, sweeps)
+    found = patch.sum() > least * grid.numel()
+    y0, y1 = extent(patch.any(1) | ~found, stride, height)
+    x0, x1 = extent(patch.any(0) | ~found, stride, width)
+    size = 0.5 if share is None else share
+    # h' = h (s H W / (h w))^u, w' = s H W / h', within the image
+    tall = ((y1 - y0) * (size * height * width / ((y1 - y0) * (x1 - x0))) ** u[1]).clamp(
+        size * height, height
+    )
+    a0, a1 = place(y0, y1, tall, height, u[2])
+    b0, b1 = place(x0, x1, size * height * width / tall, width, u[3])
+    box = torch.stack([a0, b0, a1, b1])
+    return box if share is not None else torch.where(found, torch.stack([y0, x0, y1, x1]), box)
+
+
+def extent(filled: torch.Tensor, stride: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """First row (or column) and the one after the last, of a mask of every `stride`-th: (n,) bool
+    -> two 0-dim int64."""
+    i = torch.arange(len(filled), device=filled.device)
+    first, last = i.masked_fill(~filled, len(filled)).amin(), i.masked_fill(~filled, -1).amax()
+    return first * stride, (last * stride + stride).clamp(max=length)
+
+
+def place(
+    first: torch.Tensor, last: torch.Tensor, size: torch.Tensor, length: int, u: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """An interval of `size` that holds first..last, or lies in it if it is shorter, within
+    0..length; u says which."""
+    size = size.round().clamp(min=1).long()
+    low = first.minimum(last - size).clamp(min=0)
+    high = first.maximum(last - size).minimum(length - size)
+    begin = (low + (high - low) * u).round().long()
+    return begin, begin + size
+
+
+def component(grid: torch.Tensor, start: torch.Tensor, sweeps: int) -> torch.Tensor:
+    """The True pixels of `grid` (H,W) that are connected (8 neighbours) with `start`, by at most
+    `sweeps` sweeps: bool."""
+    # pixels of one run have the same number
+    reached, runs = (start.float(), [(~grid).cumsum(dim) for dim in (1, 0)])
+    for _ in range(sweeps):
+        for dim, run in zip((1, 0), runs, strict=True):
+            hit = reached.new_zeros(len(grid) + (dim == 0), grid.shape[1] + (dim == 1))
+            reached = hit.scatter_reduce(dim, run, reached, "amax").gather(dim, run) * grid
+        reached = F.max_pool2d(reached[None, None], 3, stride=1, padding=1)[0, 0] * grid
+    return reached.bool()
+
+
+def cutmix(own: torch.Tensor, other: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """`own` with the boxes of `other`: images (N,3,H,W) or labels (N,H,W), boxes (N,4) -> the same
+    shape."""
+    y0, x0, y1, x1 = boxes.T[:, :, None, None]  # each (N,1,1)
+    row = torch.arange(own.shape[-2], device=own.device)[:, None]
+    col = torch.arange(own.shape[-1], device=own.device)
+    inside = (row >= y0) & (row < y1) & (col >= x0) & (col < x1)  # (N,H,W)
+    return torch.where(inside if own.ndim == 3 else inside[:, None], other, own)
+
+
+# ----------------------------------------------------------------------------- images to mix in
+
+PASTE, CUT = 0, 1  # what a drawn row is for
+
+
+class Others(NamedTuple):
+    """Images to mix in, on the device."""
+
+    images: torch.Tensor  # (N,3,H,W) float32
+    # (N,H,W) uint8; for CUT datasets.truth_inside: read for the log, and to know what is outside
+    labels: torch.Tensor
+    classes: torch.Tensor  # (N,) int64, the drawn classes
+
+
+class Partners:
+    """For each image of a batch another one, which holds a class drawn by its weakness.
+
+    PASTE: a labelled source image, whose pixels of the class are pasted onto a labelled image. CUT:
+    a target image that the image bank says to hold the class, of which a box is cut into an
+    unlabelled image. `--no-copy-paste` and `--no-cutmix` leave them out. With a checkpoint of
+    `state_dict()` a resumed run mixes the same images.
+    """
+
+    def __init__(
+        self,
+        s: Settings,
+        source: SegmentationDataset,
+        target: SegmentationDataset,
+        device: torch.device,
+    ):
+        self.s, self.device, self.rank = s, device, rank_and_world()[0]
+        seeds = [mix_seed(s.seed, 30, kind, self.rank) for kind in (PASTE, CUT)]
+        self.views = [
+            TrainingView(source, transform_of(s, 1), seeds[PASTE]),
+            TrainingView(target, transform_of(s, 2), seeds[CUT], partial(truth_inside, target)),
+        ]
+        self.presence = (
+            class_presence(source, s.workers) if s.copy_paste else np.zeros((1, NUM_CLASSES), bool)
+        )
+        self.classes = torch.tensor(COPY_PASTE_CLASSES, device=device)
+        self.held = torch.from_numpy(self.presence.any(0)).to(device)[self.classes].float()
+        self.kinds = [PASTE] * (s.copy_paste and bool(self.held.any())) + [CUT] * (
+            s.cutmix and s.unlabelled + s.contrast > 0
+        )
+        self.pool = ThreadPoolExecutor(max(1, s.workers))
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was drawn: the next two steps mix nothing."""
+        self.drawn: torch.Tensor | None = None  # (rows, 2) of the last step, on its way to the host
+        self.arrived: torch.cuda.Event | None = None
+        self.asked: tuple[torch.Tensor, int] | None = (
+            None  # rows whose images are being loaded; the step that asked
+        )
+        self.loading: list[Future] = []  # one for each row
+
+    def draw(self, confidence: torch.Tensor, bank: ImageBank, generator: torch.Generator) -> None:
+        """Draws a row (class, image) for each image, by the classes' confidence (C,); reads nothing
+        from the device."""
+        rows = []
+        for kind in self.kinds:
+            u = torch.rand(self.s.batch, 2, generator=generator, device=self.device)
+            # the image is chosen when the row is read, from those that hold the class
+            if kind == PASTE:
+                chances = class_chances(confidence[self.classes], power=0.5) * self.held
+                classes = self.classes[draw(chances / chances.sum(), u[:, 0])]
+                rows += [torch.stack([classes, classes], 1)]
+            else:
+                chances = class_chances(confidence)
+                rows += [torch.stack([torch.stack(bank.draw(chances, one)) for one in u])]
+        if rows:
+            rows = torch.cat(rows)
+            self.drawn = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda).copy_(
+                rows, non_blocking=True
+            )
+            if rows.is_cuda:
+                self.arrived = torch.cuda.Event()
+                self.arrived.record()
+
+    def next(self, step: int) -> dict[int, Others]:
+        """The images that were drawn two steps ago, by kind; starts loading those of the last
+        step."""
+        ready, self.loading, self.asked = self.loading, [], None
+        if self.drawn is not None:
+            self._start(self._read(), step)
+        found = {}
+        for place, kind in enumerate(self.kinds if ready else ()):
+            rows = [
+                future.result()
+                for future in ready[place * self.s.batch : (place + 1) * self.s.batch]
+            ]
+            batch = [torch.stack(part) for part in zip(*rows, strict=True)]
+            if self.device.type == "cuda":
+                batch = [x.pin_memory() for x in batch]
+            found[kind] = Others(*(x.to(self.device, non_blocking=True) for x in batch))
+        return found
+
+    def _read(self) -> torch.Tensor:
+        if self.arrived is not None:
+            self.arrived.synchronize()  # waits until the device has begun the step that drew, not until it has done it
+        return self.drawn
+
+    def _start(self, rows: torch.Tensor, step: int) -> None:
+        self.asked = (rows.clone(), step)
+        self.loading = [
+            self.pool.submit(self._load, i, *row, step) for i, row in enumerate(rows.tolist())
+        ]
+
+    def _load(self, i: int, c: int, index: int, step: int) -> tuple[torch.Tensor, ...]:
+        """In a thread: image, labels and class of row `i`."""
+        kind, n = self.kinds[i // self.s.batch], i % self.s.batch
+        if kind == PASTE:
+            rng = np.random.default_rng(mix_seed(self.s.seed, 31, self.rank, step, n))
+            index = int(rng.choice(np.flatnonzero(self.presence[:, c])))
+        return (*self.views[kind][step * self.s.batch + n, index], torch.tensor(c))
+
+    def state_dict(self) -> dict:
+        """What the next two steps depend on."""
+        rows, step = self.asked or (torch.empty(0, 2, dtype=torch.int64), 0)
+        drawn = self._read().clone() if self.drawn is not None else rows[:0]
+        return {"drawn": drawn, "asked": rows, "step": step}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.reset()
+        if len(state["asked"]):
+            self._start(state["asked"], state["step"])
+        if len(state["drawn"]):
+            self.drawn = state["drawn"]
+
+
+# ------------------------------------------------------------------------------- contrastive masks
+
+
+def contrastive_masks(
+    labels: torch.Tensor,
+    pseudo: torch.Tensor,
+    uncertainty: torch.Tensor,
+    size: tuple[int, int],
+    share: float = 0.2,
+    counts: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Labels, reliable and unreliable pixels at the features' size, for losses.contrastive_sets.
+
+    `labels` (L,H,W) true labels, `pseudo` (U,H,W) pseudo-labels and `uncertainty` (U,H,W) their
+    entropy -> (L+U,h,w) uint8 and twice bool, by nearest neighbour. Labelled pixels are both;
+    unlabelled ones are reliable up to the 100 share-th percentile of the entropy and unreliable
+    from the 100 (1 - share)-th on (STAL: 20 % and 80 %). `counts` as above. Pseudo-labels by the
+    paper's rule label all reliable pixels; those by the code's rule hardly any.
+    """
+    low, high = (percentile(uncertainty, s, counts) for s in (share, 1 - share))
+    masks = torch.stack([uncertainty <= low, uncertainty >= high])
+    if counts is not None:
+        masks = masks & counts
+    known = (labels != IGNORE).expand(2, *labels.shape)
+    # (3,L+U,H,W)
+    planes = torch.cat([torch.cat([labels, pseudo])[None], torch.cat([known, masks], 1)]).float()
+    small, reliable, unreliable = F.interpolate(planes, size=tuple(size), mode="nearest")
+    return small.to(torch.uint8), reliable.bool(), unreliable.bool()
+
+
+# ----------------------------------------------------------------------------------------- the step
+
+
+class StalState:
+    """What STAL keeps beside the student: `teacher`, `confidence` (ConfidenceBank), `images`
+    (ImageBank), `partners` (Partners) and, with --contrast, `bank` (MemoryBank, else None)."""
+
     def __init__(self, s: Settings, run: Run, source, target):
-        self.s, self.run, self.device = s, run, run.device
-        self.unlabelled = s.unlabelled > 0 or s.contrast > 0
+        self.s, self.run = s, run
         self.teacher = copy.deepcopy(run.model).requires_grad_(False)
-        self.confidence = ConfidenceBank(NUM_CLASSES, device=self.device)
-        self.images = ImageBank(NUM_CLASSES, len(target), device=self.device)
-        self.partners = Partners(s, source, target, self.device)
-        parts = {
-            "teacher": self.teacher,
-            "confidence": self.confidence,
-            "images": self.images,
-            "partners": self.partners,
-        }
+        self.confidence = ConfidenceBank(NUM_CLASSES, device=run.device)
+        self.images = ImageBank(NUM_CLASSES, len(target), device=run.device)
+        self.partners = Partners(s, source, target, run.device)
         self.bank = None
         if s.contrast:
-            self.bank = MemoryBank(NUM_CLASSES, 256, s.bank, s.bank * 5 // 3, self.device)
-            parts["bank"] = self.bank
-        run.parts = parts
+            self.bank = MemoryBank(NUM_CLASSES, 256, s.bank, s.bank * 5 // 3, run.device)
+
+    def parts(self) -> dict:
+        """Everything of it under its name in a checkpoint."""
+        names = ("teacher", "confidence", "images", "partners", "bank")
+        parts = {name: getattr(self, name) for name in names}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def begin_loop(self) -> None:
-        """The second and later loops: the student starts as the last teacher, or anew with --restart; so does the teacher."""
+        """The second and later loops: the student starts as the last teacher, or anew with
+        --restart; so does the teacher. Images that are labelled now are forgotten."""
         begin = self.run.fresh_model() if self.s.restart else self.teacher
         self.run.model.load_state_dict(begin.state_dict())
         self.teacher.load_state_dict(begin.state_dict())
@@ -76,137 +480,102 @@ class Stal:
             self.confidence.value.zero_()
             if self.bank is not None:
                 self.bank.count.zero_()
-        self.images.share.zero_()  # images that are labelled now are forgotten
+        self.images.share.zero_()
 
-    def generator(self, step: int) -> torch.Generator:
-        """The random draws of a step, a function of seed, step and process: a checkpoint needs no state of it."""
-        return torch.Generator(self.device).manual_seed(
-            mix_seed(self.s.seed, 20, step, rank_and_number()[0])
-        )
+    def for_the_log(self) -> dict:
+        """For a log line: the confidence of each class and how full its part of the memory bank
+        is."""
+        line = {"confidence": self.confidence.value.tolist()}
+        return line if self.bank is None else {**line, "bank": self.bank.count.tolist()}
 
-    def losses(
-        self, batch: list[torch.Tensor], others: dict, generator: torch.Generator, progress: float
-    ):
-        """The named losses of a step and the numbers that only the log shows; nothing is read from the device.
 
-        `batch` is images (N,3,H,W), labels (N,H,W) and, unless the unlabelled parts are off, images, truth
-        (datasets.truth_inside) and dataset indices of unlabelled images; `progress` is the share of the loop that is done.
-        """
-        s, (images, labels, *rest) = self.s, batch
-        if (
-            PASTE in others
-        ):  # as in the official code, every image gets all classes that were drawn for the batch
-            images, labels = copy_paste(
-                images, labels, others[PASTE].images, others[PASTE].labels, others[PASTE].classes
-            )
-        everything, truth = images, None
-        if self.unlabelled:
-            mixed, truth = self.mix(*rest, others.get(CUT), generator)
-            everything = torch.cat([images, mixed])
-        with self.run.autocast():
-            logits, features, auxiliary = self.run.forward(everything, extras=True)
-            with (
-                torch.no_grad()
-            ):  # the teacher trains too, that is, its batch norm sees the mixed batch
-                teacher_logits, teacher_features, _ = self.teacher(everything, extras=True)
-        number = len(images)
-        size = labels.shape[-2:]
-        large = deeplab.upsample(logits.float(), size)
-        # L = L_s + lambda_u L_u + lambda_c L_c (Eq. 1)
-        losses = {"supervised": self.supervised(large[:number], auxiliary, labels)}
-        self.confidence.update(large[:number].detach().softmax(1), labels)
-        if not self.unlabelled:
-            return losses, {}
-        prob = deeplab.upsample(teacher_logits[number:].float(), size).softmax(1)  # (N,C,H,W)
-        # Eqs. (5)-(7): argmax of the teacher where the entropy is below its percentile
-        inside = truth != IGNORE
-        pseudo = reliable_pseudo_labels(prob, drop_share(progress, 1.0, s.drop), s.rules, inside)
-        health = pseudo_label_health(pseudo, truth, inside)
-        if s.unlabelled:
-            losses["unlabelled"] = self.consistency(large[number:], pseudo, prob, generator)
-        if s.contrast and progress < s.contrast_start:
-            losses["contrastive"] = (
-                features.float().sum() * 0
-            )  # torchrun wants every parameter to have a gradient
-        elif s.contrast:
-            small = contrastive_masks(
-                labels, pseudo, entropy(prob), features.shape[-2:], counts=inside
-            )
-            sets = contrastive_sets(teacher_logits.float().softmax(1), *small, labelled=number)
-            losses["contrastive"] = contrastive(
-                features, teacher_features, sets, self.bank, generator=generator
-            )
-        return losses, health
+def step_generator(s: Settings, step: int, device) -> torch.Generator:
+    """The random draws of a step: a function of seed, step and process; a checkpoint needs no state
+    of it."""
+    seed = mix_seed(s.seed, 20, step, rank_and_world()[0])
+    return torch.Generator(device).manual_seed(seed)
 
-    def supervised(
-        self, logits: torch.Tensor, auxiliary: torch.Tensor | None, labels: torch.Tensor
-    ) -> torch.Tensor:
-        """L_s: OHEM cross-entropy on the labelled images, plus --auxiliary times the same on the auxiliary head."""
-        loss = ohem_cross_entropy(logits, labels, self.s.ohem_threshold, self.s.ohem_pixels)
-        if auxiliary is None:
-            return loss
-        auxiliary = deeplab.upsample(auxiliary[: len(labels)].float(), labels.shape[-2:])
-        extra = ohem_cross_entropy(auxiliary, labels, self.s.ohem_threshold, self.s.ohem_pixels)
-        return loss + self.s.auxiliary * extra
 
-    def consistency(self, logits, pseudo, prob, generator: torch.Generator) -> torch.Tensor:
-        """L_u (Eq. 3), with --rules code weighted by confidence^2; --class-keep thins the classes that are easy by now."""
-        keep = None
-        if self.s.class_keep:
-            u = torch.rand(pseudo.shape, generator=generator, device=self.device)
-            keep = keep_by_class(logits.argmax(1), self.confidence.value, u)
-        gamma = 2.0 if self.s.rules == "code" else 0.0
-        return weighted_consistency(logits, pseudo, prob.amax(1), gamma, keep)
+def supervised_loss(s: Settings, logits, auxiliary, labels) -> torch.Tensor:
+    """L_s: OHEM cross-entropy on the labelled images, plus --auxiliary times the same on that head.
 
-    @torch.no_grad()
-    def mix(
-        self, images, truth, index, other, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adaptive CutMix: boxes around the drawn class of `other` images, cut into `images`; updates the image bank.
+    `logits` (N,C,H,W), `auxiliary` (N,C,h,w) or None, `labels` (N,H,W).
+    """
+    loss = ohem_cross_entropy(logits, labels, s.ohem_threshold, s.ohem_pixels)
+    if auxiliary is None:
+        return loss
+    auxiliary = deeplab.upsample(auxiliary[: len(labels)].float(), labels.shape[-2:])
+    extra = ohem_cross_entropy(auxiliary, labels, s.ohem_threshold, s.ohem_pixels)
+    return loss + s.auxiliary * extra
 
-        The teacher looks at the plain images in eval mode. Returns images and truth (N,H,W), which is mixed alike.
-        """
-        if not self.s.cutmix:
-            return images, truth
-        self.teacher.eval()
-        with self.run.autocast():
-            logits = self.teacher(images if other is None else torch.cat([images, other.images]))
-        self.teacher.train()
-        prediction = deeplab.upsample(logits.float(), images.shape[-2:]).argmax(1)
-        outside = (truth if other is None else torch.cat([truth, other.labels])) == IGNORE
-        prediction = prediction.masked_fill(outside, IGNORE)  # what a crop added holds no class
-        self.images.update(index, prediction[: len(images)])
-        if other is None:
-            return images, truth
-        u = torch.rand(len(images), 4, generator=generator, device=self.device)
-        boxes = torch.stack(
-            [
-                class_box(prediction[len(images) + i], other.classes[i], u[i])
-                for i in range(len(images))
-            ]
-        )
-        return cutmix(images, other.images, boxes), cutmix(truth, other.labels, boxes)
 
-    def state(self) -> dict:
-        """For a log line: the confidence of each class and how full its part of the memory bank is."""
-        state = {"confidence": self.confidence.value.tolist()}
-        return state if self.bank is None else {**state, "bank": self.bank.count.tolist()}
+def unlabelled_loss(s: Settings, logits, pseudo, prob, confidence, generator) -> torch.Tensor:
+    """L_u: with --rules code weighted by the teacher's confidence^2; --class-keep thins the classes
+    that are easy by now.
 
-    def evaluate(self, validation, protocol) -> dict:
-        """The teacher's scores, and under "student" the student's."""
-        share_buffers(self.run.model)
-        share_buffers(self.teacher)
-        student = evaluate(self.run.model, validation, protocol, self.device)
-        return {**evaluate(self.teacher, validation, protocol, self.device), "student": student}
+    `logits` (N,C,H,W) the student's, `pseudo` (N,H,W), `prob` (N,C,H,W) the teacher's, `confidence`
+    (C,).
+    """
+    keep = None
+    if s.class_keep:
+        u = torch.rand(pseudo.shape, generator=generator, device=pseudo.device)
+        keep = keep_by_class(logits.argmax(1), confidence, u)
+    gamma = 2.0 if s.rules == "code" else 0.0
+    return weighted_consistency(logits, pseudo, prob.amax(1), gamma, keep)
+
+
+def paste(batch: list[torch.Tensor], others: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels of a labelled batch, with the drawn classes of its partners pasted over
+    them.
+
+    As in the official code, every image gets all classes that were drawn for the batch.
+    """
+    images, labels = batch[:2]
+    return copy_paste(images, labels, *others[PASTE]) if PASTE in others else (images, labels)
 
 
 @torch.no_grad()
-def pseudo_label_health(
-    pseudo: torch.Tensor, truth: torch.Tensor, inside: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Share of the pixels `inside` that have a pseudo-label, and its accuracy where the truth is known; 0-dim."""
+def predict_plain(run: Run, teacher, images, truth, others: dict) -> torch.Tensor:
+    """The teacher's prediction, in eval mode, for the plain unlabelled images (N,3,H,W) and, behind
+    them, for the images they are to be mixed with: (N,H,W) or (2N,H,W), 255 in a crop's padding."""
+    if CUT in others:
+        images = torch.cat([images, others[CUT].images])
+        truth = torch.cat([truth, others[CUT].labels])
+    teacher.eval()
+    with run.autocast():
+        logits = teacher(images)
+    teacher.train()
+    prediction = deeplab.upsample(logits.float(), images.shape[-2:]).argmax(1)
+    return prediction.masked_fill(truth == IGNORE, IGNORE)
+
+
+def cut(images, truth, prediction, others: dict, generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adaptive CutMix of an unlabelled batch: boxes around the drawn class of each other image, cut
+    into `images` (N,3,H,W) and `truth` (N,H,W); `prediction` (2N,H,W) is that of
+    `predict_plain`."""
+    if CUT not in others:
+        return images, truth
+    other, n = others[CUT], len(images)
+    u = torch.rand(n, 4, generator=generator, device=images.device)
+    boxes = [class_box(prediction[n + i], other.classes[i], u[i]) for i in range(n)]
+    boxes = torch.stack(boxes)
+    return cutmix(images, other.images, boxes), cutmix(truth, other.labels, boxes)
+
+
+@torch.no_grad()
+def pseudo_label_health(pseudo, truth, inside) -> dict[str, torch.Tensor]:
+    """Share of the pixels `inside` that have a pseudo-label, and its accuracy where the truth is
+    known; 0-dim. For the log only."""
     judged = (pseudo != IGNORE) & (truth < NUM_CLASSES)
     return {
         "kept": (pseudo != IGNORE).sum() / inside.sum().clamp(min=1),
         "accuracy": ((pseudo == truth) & judged).sum() / judged.sum().clamp(min=1),
     }
+
+
+def evaluate_both(run: Run, teacher, validation, protocol) -> dict:
+    """The teacher's scores, and under "student" the student's."""
+    broadcast_buffers(run.model)
+    broadcast_buffers(teacher)
+    student = evaluate(run.model, validation, protocol, run.device)
+    return {**evaluate(teacher, validation, protocol, run.device), "student": student}

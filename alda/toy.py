@@ -1,14 +1,17 @@
-"""How do I try it without the data? Writes a miniature world in the real folder layouts of GTA5, SYNTHIA and Cityscapes.
+"""How do I try it without the data? Writes a miniature world in the real folder layouts of GTA5,
+SYNTHIA and Cityscapes.
 
     python -m alda.toy DIR [--seed 0]      # DIR/gta5, DIR/synthia, DIR/cityscapes: 568 pictures of about 256x128
     from alda.toy import ensure, write     # ensure(DIR) writes the world on first use only
 
-A driver's view of streets, drawn back to front by a small painter in true perspective. The three datasets differ in camera,
-layout, colours, light and sensor (LOOKS), and every city has its own style, so that a network trained on a source loses
-much of its score on the target. Numbers from these pictures say that code works; they say nothing about a method.
+A driver's view of streets, drawn back to front by a small painter in true perspective. The three
+datasets differ in camera, layout, colours, light and sensor (LOOKS), and every city has its own
+style, so that a network trained on a source loses much of its score on the target. Numbers from
+these pictures say that code works; they say nothing about a method.
 
-Units: metres in the world (x right of the road's centre line, y up, z ahead of the camera), pixels in the drawing, which is
-made at twice the size: the picture is averaged down, of the labels every second pixel is taken (never mixed).
+Units: metres in the world (x right of the road's centre line, y up, z ahead of the camera), pixels
+in the drawing, which is made at twice the size: the picture is averaged down, of the labels every
+second pixel is taken (never mixed).
 """
 
 import argparse
@@ -32,12 +35,8 @@ from alda.datasets import CLASSES
 
 VERSION = 1  # raise it when the same seed gives other files
 MARKER = "toy-world.json"  # written last: version, seed, counts
-FULL = {
-    "gta5": 240,
-    "synthia": 160,
-    "train": 120,
-    "val": 48,
-}  # pictures; train and val are Cityscapes
+# pictures; train and val are Cityscapes
+FULL = {"gta5": 240, "synthia": 160, "train": 120, "val": 48}
 SMALL = {"gta5": 8, "synthia": 8, "train": 6, "val": 3}
 CITIES = {  # real names, since tools know them; the streets are invented
     "train": ("aachen", "bremen", "cologne", "hamburg", "ulm", "zurich"),
@@ -49,7 +48,7 @@ NEAR, FAR = 1.0, 140.0  # metres of street that are drawn
 CIRCLE = tuple((math.cos(a), math.sin(a)) for a in (2 * math.pi * i / 14 for i in range(14)))
 
 
-# ---------------------------------------------------------------------------------------------------------------- looks
+# -------------------------------------------------------------------------------------------- looks
 
 
 @dataclass(frozen=True)
@@ -149,11 +148,12 @@ LOOKS = {
 }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------- geometry
+# ----------------------------------------------------------------------------------------- geometry
 
 
 class Scene:
-    """One street: a camera, a random state, and three canvases that are painted together (picture, label ids, shade)."""
+    """One street: a camera, a random state, and three canvases that are painted together (picture,
+    label ids, shade)."""
 
     def __init__(self, look: Look, size: tuple[int, int], rng: random.Random, city: random.Random):
         self.look, self.size, self.rng = look, size, rng
@@ -163,15 +163,13 @@ class Scene:
             rng.uniform(0.4, 0.6) * width,
             rng.uniform(*look.horizon) * height,
         )
-        self.bend = rng.choice(
-            (0, 0, rng.uniform(-0.0018, 0.0018))
-        )  # metres sideways at 1 m, growing with z squared
+        # metres sideways at 1 m, growing with z squared
+        self.bend = rng.choice((0, 0, rng.uniform(-0.0018, 0.0018)))
         self.road, self.pavement = rng.uniform(*look.road), rng.uniform(*look.pavement)
         self.eye_x = self.road * rng.uniform(0.30, 0.55)  # we drive on the right
         self.sun = rng.choice((-1, 1))  # it stands on this side
-        self.junction = rng.choice(
-            (rng.uniform(14, 38), math.inf)
-        )  # distance of a crossing street, 9 m wide
+        # distance of a crossing street, 9 m wide
+        self.junction = rng.choice((rng.uniform(14, 38), math.inf))
         self.taken = []  # ground taken by things: (x, z, half width, length)
         self.colours = {part: text.split() for part, text in (PARTS | look.colours).items()}
         for part in ("building", "vegetation", "roof", "sidewalk", "haze"):
@@ -207,7 +205,8 @@ class Scene:
         )
 
     def paint(self, points: list, colour: tuple | None, cls: str | None, z: float = NEAR) -> None:
-        """Fills a polygon of drawing pixels; without a class only the picture changes, without a colour only the labels."""
+        """Fills a polygon of drawing pixels; without a class only the picture changes, without a
+        colour only the labels."""
         if colour is not None:
             haze = 1 - math.exp(-z / self.look.haze)
             mixed = [
@@ -238,20 +237,22 @@ class Scene:
         self.pens[2].polygon(points, int(255 * (1 - self.look.shadow[0])))
 
     def metric(self, x: float, z: float) -> "Panel":
-        """An upright plane that faces the camera: its s and t are metres right of x and above the ground."""
+        """An upright plane that faces the camera: its s and t are metres right of x and above the
+        ground."""
         return Panel(self, ((x, 0, z), (x + 1, 0, z), (x + 1, 1, z), (x, 1, z)))
 
     def box(
         self, x: tuple, y: tuple, z: tuple, colour: tuple, cls: str, inset=(0, 0, 0, 0)
     ) -> tuple:
-        """A block, its top smaller by `inset` (left, right, near, far). Gives its near face and its flank (None: not seen)."""
+        """A block, its top smaller by `inset` (left, right, near, far). Gives its near face and its
+        flank (None: not seen)."""
         (x0, x1), (y0, y1), (z0, z1) = x, y, z
         u0, u1, w0, w1 = x0 + inset[0], x1 - inset[1], z0 + inset[2], z1 - inset[3]
         top = Panel(
             self, ((u0, y1, w0), (u1, y1, w0), (u1, y1, w1), (u0, y1, w1)), 1 + self.look.sun
         )
         front = Panel(self, ((x0, y0, z0), (x1, y0, z0), (u1, y1, w0), (u0, y1, w0)), 0.95)
-        side = 1 if x0 > self.eye_x else -1 if x1 < self.eye_x else 0
+        side = int(x0 > self.eye_x) or -int(x1 < self.eye_x)
         foot, head = (x0, u0) if side == 1 else (x1, u1)
         corners = ((foot, y0, z0), (foot, y0, z1), (head, y1, w1), (head, y1, w0))
         flank = Panel(self, corners, 1 - side * self.sun * self.look.sun) if side else None
@@ -262,7 +263,8 @@ class Scene:
 
 
 class Panel(NamedTuple):
-    """A flat four-sided face in the world, painted in its own coordinates: s from left (or near) to right, t upwards."""
+    """A flat four-sided face in the world, painted in its own coordinates: s from left (or near) to
+    right, t upwards."""
 
     scene: Scene
     corners: tuple  # (x, y, z) at (s, t) = (0, 0), (1, 0), (1, 1), (0, 1)
@@ -297,7 +299,8 @@ class Panel(NamedTuple):
     def bar(
         self, colour: tuple, start: tuple, end: tuple, width: float, cls: str | None = None
     ) -> None:
-        """A straight bar on a metric panel, never thinner than 1.5 pixels (2.2 if it is upright) of the picture."""
+        """A straight bar on a metric panel, never thinner than 1.5 pixels (2.2 if it is upright) of
+        the picture."""
         length = math.hypot(end[0] - start[0], end[1] - start[1])
         least = (2.2 if start[0] == end[0] else 1.5) * SCALE * self.corners[0][2] / self.scene.focal
         half = max(width, least) / 2 / length
@@ -311,7 +314,7 @@ def lit(colour: tuple, gain: float) -> tuple:
     return tuple(c * gain for c in colour)
 
 
-# --------------------------------------------------------------------------------------------- what stands beside the road
+# ---------------------------------------------------------------------- what stands beside the road
 
 
 def backdrop(scene: Scene) -> None:
@@ -336,7 +339,8 @@ def backdrop(scene: Scene) -> None:
 
 
 def street_floor(scene: Scene) -> None:
-    """Paving everywhere, then perhaps a green verge, the road with its markings, and perhaps a crossing street."""
+    """Paving everywhere, then perhaps a green verge, the road with its markings, and perhaps a
+    crossing street."""
     rng, half, mark, road = scene.rng, scene.road, scene.colour("mark"), scene.colour("road")
     paving = scene.colour("sidewalk")
     scene.ground(-200, 200, NEAR, FAR, paving, "sidewalk")
@@ -364,7 +368,8 @@ def street_floor(scene: Scene) -> None:
 
 
 def plots(scene: Scene) -> list[tuple]:
-    """What stands along both sides of the road, the crossing street left out: (z, painter, kind, side, z0, z1)."""
+    """What stands along both sides of the road, the crossing street left out: (z, painter, kind,
+    side, z0, z1)."""
     rng, found = scene.rng, []
     kinds, weights = zip(*scene.look.plots.items(), strict=True)
     for side in (-1, 1):
@@ -379,7 +384,8 @@ def plots(scene: Scene) -> list[tuple]:
 
 
 def plot(scene: Scene, kind: str, side: int, z0: float, z1: float) -> None:
-    """A house at the sidewalk, or a green with trees or a house behind a wall, a fence, a hedge or nothing."""
+    """A house at the sidewalk, or a green with trees or a house behind a wall, a fence, a hedge or
+    nothing."""
     rng, x = scene.rng, side * (scene.road + scene.pavement)
     if kind == "building":
         return house(scene, side, x, z0, z1)
@@ -435,15 +441,13 @@ def facade(
         panel.rect(pane, s - wide / columns, t + low / floors, s + wide / columns, t + 0.8 / floors)
 
 
-WINDOWS = {
-    "grid": (2.9, 0.31, 0.25),
-    "tall": (2.2, 0.24, 0.15),
-    "band": (99, 0.47, 0.3),
-}  # spacing, half width, sill
+# spacing, half width, sill
+WINDOWS = {"grid": (2.9, 0.31, 0.25), "tall": (2.2, 0.24, 0.15), "band": (99, 0.47, 0.3)}
 
 
 def barrier(scene: Scene, kind: str, side: int, x: float, z0: float, z1: float) -> None:
-    """A wall with a coping, a hedge, or a fence one can look through (the labels take a fence as a whole)."""
+    """A wall with a coping, a hedge, or a fence one can look through (the labels take a fence as a
+    whole)."""
     cls = "vegetation" if kind == "hedge" else kind
     tall, colour = scene.rng.uniform(1.2, 2.2) * (1.5 if kind == "wall" else 1), scene.colour(cls)
     if kind != "fence":
@@ -490,10 +494,11 @@ def plant(scene: Scene, x: float, z: float, bush: bool = False) -> None:
             panel.disc(lit(leaf, gain), s, t, (size * crown, size * crown), "vegetation")
 
 
-# ----------------------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
 
-# Class, then shapes in painting order: colour, its brightness, size, points in metres (right of the foot, above it).
-# One point makes a disc (size: its radius), two make a bar (size: its width), more make a polygon.
+# Class, then shapes in painting order: colour, its brightness, size, points in metres (right of the
+# foot, above it). One point makes a disc (size: its radius), two make a bar (size: its width), more
+# make a polygon.
 FIGURES = {
     "person": ("person", ("cloth 2", 0.7, 0.19, (-0.04, 0.9), (-0.15, 0)), ("cloth 2", 0.7, 0.19, (0.04, 0.9), (0.15, 0)),
         ("cloth", 0.8, 0.12, (-0.2, 1.42), (-0.3, 0.85)), ("cloth", 0.8, 0.12, (0.2, 1.42), (0.3, 0.85)),
@@ -560,7 +565,8 @@ def figure(scene: Scene, name: str, x: float, z: float) -> None:
     elif name == "lamp":
         wide, layers = -math.copysign(1, x), [rng.choice(("lamp", "lamp", "mast"))]
     elif name in ("sign", "signal"):
-        layers = ["post", f"sign {rng.randrange(6)}" if name == "sign" else name]
+        board = f"sign {rng.randrange(6)}" if name == "sign" else name
+        layers = ["post", board]
     elif name in CYCLES:
         ridden = name.endswith("cyclist")
         view = " sideways" if rng.random() < (0.55 if ridden else 0.7) else ""
@@ -571,9 +577,8 @@ def figure(scene: Scene, name: str, x: float, z: float) -> None:
         (FIGURES[layer][0], shape) for layer in layers for shape in FIGURES[layer][1:]
     ):
         part, gain, size, *points = shape
-        colour = lit(
-            colours.setdefault(part, scene.colour(part.split()[0])), gain
-        )  # "cloth 2": another piece of cloth
+        # "cloth 2": another piece of cloth
+        colour = lit(colours.setdefault(part, scene.colour(part.split()[0])), gain)
         points = [(wide * s, tall * t) for s, t in points]
         if len(points) == 1:
             panel.disc(colour, *points[0], (abs(wide) * size, tall * size), cls)
@@ -592,7 +597,7 @@ def figure(scene: Scene, name: str, x: float, z: float) -> None:
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------- vehicles
+# ----------------------------------------------------------------------------------------- vehicles
 
 
 class Block(NamedTuple):
@@ -624,7 +629,8 @@ VEHICLES = {  # width, blocks from low to high
 def vehicle(
     scene: Scene, kind: str, x: float, z: float, heading: int = 1, across: bool = False
 ) -> None:
-    """A vehicle with its nearest point at z. `heading`: 1 drives away (or to the right), -1 towards us (or to the left)."""
+    """A vehicle with its nearest point at z. `heading`: 1 drives away (or to the right), -1 towards
+    us (or to the left)."""
     (width, blocks), cls = VEHICLES[kind], "car" if kind == "van" else kind
     length, colour = max(b.tail for b in blocks), scene.colour(cls)
     wide, deep = (length / 2, width) if across else (width / 2, length)
@@ -633,9 +639,8 @@ def vehicle(
     )
     for rail in (-0.72, 0.72) if kind == "train" and not across else ():
         scene.ground(x + rail, x + rail + 0.1, NEAR, z, scene.colour("steel"))
-    for block in sorted(
-        blocks, key=lambda b: (b.low > 0.5, -heading * b.nose)
-    ):  # chassis first, then the far parts
+    # chassis first, then the far parts
+    for block in sorted(blocks, key=lambda b: (b.low > 0.5, -heading * b.nose)):
         side, first, last = block.inset if heading < 0 else (block.inset[0], *block.inset[:0:-1])
         a, b = (
             (block.nose, block.tail) if heading < 0 else (length - block.tail, length - block.nose)
@@ -653,7 +658,8 @@ def vehicle(
 
 
 def dress(scene: Scene, kind: str, block: Block, paint: tuple, flank, end, nose: bool) -> None:
-    """Windows, wheels, lights and the like on the faces of a block (None: not seen); `nose`: the end is its front."""
+    """Windows, wheels, lights and the like on the faces of a block (None: not seen); `nose`: the
+    end is its front."""
     glass, black, (low, high) = scene.colour("screen"), scene.colour("black"), block.glass
     cls = "car" if kind == "van" else kind
     length, tall, large = block.tail - block.nose, block.high - block.low, kind in ("bus", "train")
@@ -693,7 +699,7 @@ def dress(scene: Scene, kind: str, block: Block, paint: tuple, flank, end, nose:
             end.rect(lit(paint, 0.5), 0.02, 0.0, 0.98, 0.14)
 
 
-# ------------------------------------------------------------------------------------------------------------------ layout
+# ------------------------------------------------------------------------------------------- layout
 
 PLACES = {  # nearest and farthest distance, where, half width and length of the ground it takes
     "lamp": (8, 45, "kerb", 0.3, 0.5), "signal": (8, 24, "kerb", 0.3, 0.5), "sign": (8, 26, "kerb", 0.3, 0.5),
@@ -705,7 +711,8 @@ PLACES = {  # nearest and farthest distance, where, half width and length of the
 
 
 def place(scene: Scene, name: str) -> tuple | None:
-    """One thing of the kind `name` at a free place: (z, painter, its arguments), or None if none was found."""
+    """One thing of the kind `name` at a free place: (z, painter, its arguments), or None if none
+    was found."""
     rng, half, (near, far, where, wide, length) = scene.rng, scene.road, PLACES[name]
     for _ in range(6):
         side, z, across = rng.choice((-1, 1)), near * (far / near) ** rng.random(), False
@@ -713,18 +720,16 @@ def place(scene: Scene, name: str) -> tuple | None:
             where = "lane"
         x = side * {"kerb": half + rng.uniform(0.3, 0.7), "walk": half + rng.uniform(0.6, max(0.8, scene.pavement - 0.4)),
                     "gutter": half - 1.05, "lane": half * rng.uniform(0.4, 0.6)}[where]  # fmt: skip
-        if (
-            name in VEHICLES and scene.junction < FAR and rng.random() < 0.35
-        ):  # on the crossing street
+        # on the crossing street
+        if name in VEHICLES and scene.junction < FAR and rng.random() < 0.35:
             across, z, x = (
                 True,
                 scene.junction + rng.choice((1.5, 5)),
                 scene.eye_x + rng.uniform(-12, 12),
             )
         half_x, deep = (length / 2, 2.6) if across else (wide, length)
-        off_kerb = (
-            not across and abs(x) > half and -1 < z - scene.junction < 9
-        )  # it would stand on the crossing street
+        # it would stand on the crossing street
+        off_kerb = not across and abs(x) > half and -1 < z - scene.junction < 9
         clash = any(
             abs(x - tx) < half_x + tw and tz < z + deep and z < tz + td
             for tx, tz, tw, td in scene.taken
@@ -765,7 +770,8 @@ def picture(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Street number `index` of dataset `name`, in the style of `city`; `size` is (W,H).
 
-    Gives the picture (H,W,3) uint8 and its Cityscapes label ids (H,W) uint8. Nothing else than the arguments matters.
+    Gives the picture (H,W,3) uint8 and its Cityscapes label ids (H,W) uint8. Nothing else than the
+    arguments matters.
     """
     style = f"{seed} {name} {city}"
     scene, things = (
@@ -821,16 +827,16 @@ def develop(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     return noisy.round().clip(0, 255).astype(np.uint8), ids
 
 
-# ------------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def write_png16(path: Path, channels: np.ndarray) -> None:
-    """Writes (H,W,3) uint16 as a 16-bit RGB PNG, as SYNTHIA's labels are: Pillow can neither write nor read them."""
+    """Writes (H,W,3) uint16 as a 16-bit RGB PNG, as SYNTHIA's labels are: Pillow can neither write
+    nor read them."""
     height, width, _ = channels.shape
     rows = channels.astype(">u2").reshape(height, -1).view(np.uint8)
-    raw = np.concatenate(
-        [np.zeros((height, 1), np.uint8), rows], 1
-    ).tobytes()  # before each row its filter, 0: none
+    # before each row its filter, 0: none
+    raw = np.concatenate([np.zeros((height, 1), np.uint8), rows], 1).tobytes()
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)  # 16 bits, colour type 2: RGB
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
@@ -858,18 +864,16 @@ def _write_pictures(base: Path, seed: int, counts: dict[str, int]) -> None:
     for i in range(counts["synthia"]):
         image, ids = picture("synthia", seed, i, (256, 152), f"district {i // 8}")
         _save(base / f"synthia/RGB/{i:07d}.png", image)
-        runs = (
-            (np.diff(ids, axis=1, prepend=0) != 0).cumsum(1).astype(np.uint16)
-        )  # stand for the instance ids
+        # stand for the instance ids
+        runs = (np.diff(ids, axis=1, prepend=0) != 0).cumsum(1).astype(np.uint16)
         channels = np.stack([synthia[ids], runs, np.zeros_like(runs)], 2)
         write_png16(base / f"synthia/GT/LABELS/{i:07d}.png", channels)
     for split, cities in CITIES.items():
         for i in range(counts[split]):
             city = cities[i * len(cities) // counts[split]]
             image, ids = picture("cityscapes", seed, i, (256, 128), city)
-            number = i - -(
-                -cities.index(city) * counts[split] // len(cities)
-            )  # from 0 in each city
+            # from 0 in each city
+            number = i - -(-cities.index(city) * counts[split] // len(cities))
             stem = f"{split}/{city}/{city}_{number:06d}_000019"
             _save(base / f"cityscapes/leftImg8bit/{stem}_leftImg8bit.png", image)
             _save(base / f"cityscapes/gtFine/{stem}_gtFine_labelIds.png", ids)
@@ -884,11 +888,13 @@ def _save(path: Path, array: np.ndarray, palette: np.ndarray | None = None) -> N
 
 
 def write(root: str | Path, seed: int = 0, counts: dict[str, int] = FULL) -> Path:
-    """Writes a new world below `root`, which must not exist yet or be an empty folder; gives the absolute path.
+    """Writes a new world below `root`, which must not exist yet or be an empty folder; gives the
+    absolute path.
 
-    `counts` says how many pictures of each kind (FULL, SMALL for tests). The files depend on the seed and the counts
-    alone, bit for bit. All is written under a temporary name (`.NAME-...`) beside `root` and renamed when complete; a
-    killed run leaves that hidden folder and nothing else. Raises InputError where something is in the way.
+    `counts` says how many pictures of each kind (FULL, SMALL for tests). The files depend on the
+    seed and the counts alone, bit for bit. All is written under a temporary name (`.NAME-...`)
+    beside `root` and renamed when complete; a killed run leaves that hidden folder and nothing
+    else. Raises InputError where something is in the way.
     """
     root = Path(root).absolute()
     if root.exists() and not _is_empty(root):
@@ -919,10 +925,11 @@ def _is_empty(folder: Path) -> bool:
 
 
 def ensure(root: str | Path, seed: int = 0, counts: dict[str, int] = FULL) -> Path:
-    """The world below `root`, written on first use; gives the absolute path. Several processes may call it at once.
+    """The world below `root`, written on first use; gives the absolute path. Several processes may
+    call it at once.
 
-    Nothing that exists is ever changed. Raises InputError naming the folder to remove where `root` holds a world of
-    another version, seed or size, a world with files missing, or something else.
+    Nothing that exists is ever changed. Raises InputError naming the folder to remove where `root`
+    holds a world of another version, seed or size, a world with files missing, or something else.
     """
     root = Path(root).absolute()
     if not root.exists() or _is_empty(root):

@@ -70,9 +70,8 @@ def test_ripu_score_equals_a_slow_loop(classes, k):
 def test_ripu_score_equals_the_recorded_official_one(name, k):
     golden = np.load(GOLDEN / f"ripu_region_score_{name}.npz")
     logits = torch.from_numpy(golden["logits"].astype(np.float32))[0]
-    scale = math.log(logits.shape[0]) / math.log(
-        19
-    )  # the official code divides by log 19 for every C
+    # the official code divides by log 19 for every C
+    scale = math.log(logits.shape[0]) / math.log(19)
     score, impurity, uncertainty = A.ripu_score(logits, k)
     # The official logarithms add 1e-6, which lowers an entropy by at most C * 1e-6 nats: that is the whole gap.
     gap = logits.shape[0] * 1e-6 / math.log(19) + 1e-6
@@ -90,9 +89,8 @@ def test_pixel_score_equals_the_recorded_official_one(name, k):
         logits, size=tuple(golden["size"].tolist()), mode="bilinear", align_corners=True
     )[0]
     score = A.pixel_score(logits, k) * math.log(19) ** 2  # the official pixel score is in nats
-    close(
-        score[::3, ::3], golden["score_sub3"], 2 * 19e-6 * math.log(19), "pixel score"
-    )  # 1e-6 in the logarithms, as above
+    # 1e-6 in the logarithms, as above
+    close(score[::3, ::3], golden["score_sub3"], 2 * 19e-6 * math.log(19), "pixel score")
 
 
 def test_scores_of_a_map_one_can_do_by_hand():
@@ -102,9 +100,8 @@ def test_scores_of_a_map_one_can_do_by_hand():
     centre = -(share * share.log()).sum().item() / math.log(2)
     impurity = A.region_impurity(prediction, 2, 1)
     close(impurity[1:4, 1:4], torch.full((3, 3), centre), 1e-6)
-    assert (
-        impurity[0].max() == 0 and impurity[:, 0].max() == 0
-    )  # pure regions are exactly 0, none is negative
+    # pure regions are exactly 0, none is negative
+    assert impurity[0].max() == 0 and impurity[:, 0].max() == 0
     prob = torch.tensor([[[0.5, 1.0]], [[0.5, 0.0]]])
     close(A.pixel_entropy(prob), [[1.0, 0.0]], 1e-7)
     close(A.prediction_uncertainty(prob, 1), [[0.5, 0.5]], 1e-7)
@@ -219,9 +216,8 @@ def test_region_picks_equal_the_recorded_official_ones(name):
         key = f"score_round{number}"
         score = torch.from_numpy(golden[key] if key in golden else golden["score"])
         picks = golden[f"picks_round{number}"]
-        real = (
-            golden[f"pick_scores_round{number}"] > -math.inf
-        )  # when all is blocked the official code picks (0, 0) again
+        # when all is blocked the official code picks (0, 0) again
+        real = golden[f"pick_scores_round{number}"] > -math.inf
         found = A.select_regions(score, len(picks), 2 * k, blocked)
         assert found.tolist() == picks[real].tolist()
         painted = A.paint(found, k, shape)
@@ -276,9 +272,8 @@ def test_regions_never_overlap_over_rounds_until_the_image_is_exhausted():
         painted = A.paint(picks, 1, selected.shape)
         assert not (painted & selected).any()
         selected |= painted
-    assert (
-        len(picks) == 0 and A.dilate(selected, 1).all()
-    )  # nothing is left to ask, and asking is no error
+    # nothing is left to ask, and asking is no error
+    assert len(picks) == 0 and A.dilate(selected, 1).all()
 
 
 # ------------------------------------------------------------------------------------------------------------------ CBDA
@@ -286,9 +281,8 @@ def test_regions_never_overlap_over_rounds_until_the_image_is_exhausted():
 
 def test_class_weights_one_can_do_by_hand():
     assert A.class_weights(torch.zeros(4), 100).tolist() == [1, 1, 1, 1]
-    close(
-        A.class_weights(torch.tensor([0, 5, 25, 60]), 100), [1, 0.8, 0, 0], 1e-7
-    )  # a fair share is 25
+    # a fair share is 25
+    close(A.class_weights(torch.tensor([0, 5, 25, 60]), 100), [1, 0.8, 0, 0], 1e-7)
     close(
         A.class_weights(torch.tensor([5, 5]), 20, torch.tensor([3.0, 1.0])), [1 - 5 / 15, 0], 1e-7
     )

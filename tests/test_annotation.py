@@ -41,9 +41,8 @@ def test_rounds_add_up_and_keep_the_ledger(tmp_path):
         "a": {"asked": 3, "labelled": 2, "trained": 1, "regions": 2, "share": 1.0}
     }
     assert (first["asked"], first["labelled"], first["ignored"], first["trained"]) == (3, 2, 1, 1)
-    assert (
-        second["images"]["b"]["trained"] == 2
-    )  # keep_labels: (2,2) trains although no centre falls on it
+    # keep_labels: (2,2) trains although no centre falls on it
+    assert second["images"]["b"]["trained"] == 2
     assert first["classes"]["sidewalk"] == 1 and sum(first["classes"].values()) == 2
     total = ledger([first, second])
     assert (total["asked"], total["labelled"], total["regions"], total["images"]) == (6, 5, 5, 2)

@@ -337,9 +337,8 @@ def test_balanced_thresholds_label_a_portion_of_every_class_and_one_threshold_do
         )
         if not balanced:
             assert abs(float((labels != 255).float().mean()) - 0.3) < 2e-3
-    assert (
-        (share[True] - 0.3).abs() < 2e-2
-    ).all()  # reweighting gives some pixels to other classes
+    # reweighting gives some pixels to other classes
+    assert ((share[True] - 0.3).abs() < 2e-2).all()
     assert share[False][5] == 0
 
 
@@ -467,9 +466,8 @@ def test_mined_patches_hold_the_rare_class_and_lie_in_the_image():
     assert found == {(0, 0), (30, 44), (15, 22)}  # centred on the pixel, moved into the image
     first = {B.mine_patch(labels, ([4], [3]), (10, 16), generator, chance=1) for _ in range(20)}
     assert first == {(15, 22)}  # the first group goes before the second
-    assert (
-        B.mine_patch(labels, ([3], []), (50, 16), generator, chance=1)[0] == 0
-    )  # smaller than the crop
+    # smaller than the crop
+    assert B.mine_patch(labels, ([3], []), (50, 16), generator, chance=1)[0] == 0
 
 
 def test_mining_follows_its_chance_and_its_generator():
@@ -479,9 +477,8 @@ def test_mining_follows_its_chance_and_its_generator():
         for generator in (torch.Generator().manual_seed(7), torch.Generator().manual_seed(7))
     ]
     assert draws[0] == draws[1] and 360 < sum(d is not None for d in draws[0]) < 440
-    assert (
-        B.mine_patch(labels, ([5], [6]), (1, 1), torch.Generator(), chance=1) is None
-    )  # no rare class in this image
+    # no rare class in this image
+    assert B.mine_patch(labels, ([5], [6]), (1, 1), torch.Generator(), chance=1) is None
     assert B.mine_patch(labels, ([], []), (1, 1), torch.Generator(), chance=1) is None
     assert (
         B.mine_patch(torch.full((2, 2), 255), ([255], []), (1, 1), torch.Generator(), chance=1)

@@ -414,9 +414,8 @@ def test_own_layout_round_trip(tmp_path):
     torch.save({f"module.{name}": value for name, value in student.state_dict().items()}, path)
     assert load_checkpoint(model, str(path)) == "alda"
     assert torch.equal(model.classifier.branches[3].bias, student.classifier.branches[3].bias)
-    frozen = build(
-        "deeplabv2", "resnet18", 5, "frozen", path, representation=8
-    )  # live to frozen: counters are dropped
+    # live to frozen: counters are dropped
+    frozen = build("deeplabv2", "resnet18", 5, "frozen", path, representation=8)
     assert torch.equal(frozen.backbone.bn1.weight, student.backbone.bn1.weight)
     torch.save({"model": frozen.state_dict()}, path)
     assert load_checkpoint(model, path) == "alda"  # frozen to live: counters stay

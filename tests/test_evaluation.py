@@ -57,11 +57,8 @@ def test_a_prediction_outside_the_classes_is_an_error():
 
 def test_absent_classes_are_left_out_and_listed():
     matrix = torch.zeros(19, 19, dtype=torch.int64)
-    matrix[0, 0], matrix[0, 9], matrix[3, 3] = (
-        30,
-        10,
-        20,
-    )  # road 30/40, terrain predicted only: 0/10, wall 1
+    # road 30/40, terrain predicted only: 0/10, wall 1
+    matrix[0, 0], matrix[0, 9], matrix[3, 3] = (30, 10, 20)
     result = E.summary(matrix)
     assert result["mIoU19"] == pytest.approx((0.75 + 0 + 1) / 3)
     assert result["mIoU16"] == pytest.approx((0.75 + 1) / 2) and result["mIoU13"] == pytest.approx(

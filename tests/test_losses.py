@@ -36,9 +36,8 @@ def test_local_consistency_equals_the_recorded_official_one(golden, inputs, dist
     logits, labels = inputs
     loss = L.local_consistency(logits, labels, boundary_only=True, distance=distance)
     (gradient,) = torch.autograd.grad(loss, logits)
-    close(
-        loss.item(), golden[f"loss_{distance}"], 2e-6, distance
-    )  # the official KL adds 1e-6 in its logarithms
+    # the official KL adds 1e-6 in its logarithms
+    close(loss.item(), golden[f"loss_{distance}"], 2e-6, distance)
     close(gradient, golden[f"grad_{distance}"], 1e-9, f"gradient {distance}")
     assert torch.equal(L.label_boundary(labels), torch.from_numpy(golden["boundary_mask"]))
     all5 = torch.full((1, *labels.shape[1:]), 5, dtype=torch.uint8)
@@ -51,9 +50,8 @@ def test_negative_learning_equals_the_recorded_official_one(golden, inputs):
     logits, _ = inputs
     loss = L.negative_learning(logits.softmax(1))
     (gradient,) = torch.autograd.grad(loss, logits)
-    close(
-        loss.item(), golden["neg_loss"], 2e-6, "negative"
-    )  # the official code adds 1e-6 in the logarithm
+    # the official code adds 1e-6 in the logarithm
+    close(loss.item(), golden["neg_loss"], 2e-6, "negative")
     close(gradient, golden["neg_grad"], 1e-9, "gradient")
 
 

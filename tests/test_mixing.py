@@ -5,11 +5,19 @@ import pytest
 import torch
 
 from alda.datasets import NO_TRUTH, open_dataset
-from alda.mixing import CUT, PASTE, Partners
 from alda.run import Run
-from alda.selftraining import COPY_PASTE_CLASSES, ImageBank
+from alda.selftraining import reliable_pseudo_labels
 from alda.settings import settings_for
-from alda.stal import Stal
+from alda.stal import (
+    COPY_PASTE_CLASSES,
+    CUT,
+    PASTE,
+    ImageBank,
+    Partners,
+    StalState,
+    predict_plain,
+    pseudo_label_health,
+)
 
 SIZES = {
     "source_size": "128x64",
@@ -76,9 +84,8 @@ def test_partners_hold_the_class_that_was_drawn(tiny_world):
 
 def _same(partners, kind, index, labels):
     """Whether these training labels are those of the image `index`, mirrored or not."""
-    own = partners.views[kind][0, int(index)][
-        1
-    ]  # with 254 where the truth of a target image says nothing
+    # with 254 where the truth of a target image says nothing
+    own = partners.views[kind][0, int(index)][1]
     return torch.equal(own, labels) or torch.equal(own.flip(-1), labels)
 
 
@@ -162,25 +169,20 @@ def test_what_a_crop_adds_is_no_class(tiny_world, tmp_path):
     }
     s = settings_for({"strategy": "stal", "copy_paste": False, **given})
     run = Run(s, tmp_path, torch.device("cpu"))
-    system = Stal(s, run, open_dataset("gta5", tiny_world), open_dataset("cityscapes", tiny_world))
-    images, labels = (
-        torch.randn(2, 3, 64, 128),
-        torch.randint(0, 19, (2, 64, 128), dtype=torch.uint8),
-    )
+    target = open_dataset("cityscapes", tiny_world)
+    state = StalState(s, run, open_dataset("gta5", tiny_world), target)
     truth = torch.randint(0, 19, (2, 64, 128), dtype=torch.uint8)
     truth[:, :10], truth[:, 32:] = NO_TRUTH, 255  # the lower half is padding
-    seen = []
-    system.consistency = lambda logits, pseudo, prob, generator: (
-        seen.append(pseudo) or logits.sum() * 0
-    )
-    batch = [images, labels, torch.randn(2, 3, 64, 128), truth, torch.tensor([1, 4])]
-    _, health = system.losses(batch, {}, system.generator(0), 0.5)
-    assert (seen[0][:, 32:] == 255).all()
-    assert float(health["kept"]) == pytest.approx(
-        0.9, abs=0.01
-    )  # 10 % are dropped half-way, of the pixels inside
-    torch.testing.assert_close(system.images.share.sum(0), torch.tensor([0, 0.5, 0, 0, 0.5, 0]))
-    known = (seen[0] != 255) & (truth < 19)
-    assert float(health["accuracy"]) == pytest.approx(
-        ((seen[0] == truth) & known).sum() / known.sum()
-    )
+    prediction = predict_plain(run, state.teacher, torch.randn(2, 3, 64, 128), truth, {})
+    assert (prediction[:, 32:] == 255).all() and (prediction[:, :32] < 19).all()
+    assert state.teacher.training
+    state.images.update(torch.tensor([1, 4]), prediction)
+    torch.testing.assert_close(state.images.share.sum(0), torch.tensor([0, 0.5, 0, 0, 0.5, 0]))
+    prob, inside = torch.randn(2, 19, 64, 128).softmax(1), truth != 255
+    pseudo = reliable_pseudo_labels(prob, 0.1, "paper", inside)
+    assert (pseudo[:, 32:] == 255).all()
+    health = pseudo_label_health(pseudo, truth, inside)
+    assert float(health["kept"]) == pytest.approx(0.9, abs=0.01)  # of the pixels inside
+    known = (pseudo != 255) & (truth < 19)
+    right = ((pseudo == truth) & known).sum() / known.sum()
+    assert float(health["accuracy"]) == pytest.approx(right)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from alda import acquisition as A
 from alda import losses as L
 from alda import selftraining as S
+from alda import stal as T
 from alda.datasets import CLASS_SETS, NAMES, open_dataset, resize_image, resize_labels
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -34,6 +35,12 @@ def recorded(name):
         for k in arrays.files
         if arrays[k].dtype.kind in "fiub"
     }
+
+
+def contrast(features, teacher, sets, bank, keys=None, **options):
+    """The loss of a step as the loop makes it: the batch's negatives enter the bank, then it is read."""
+    bank.add(*L.contrastive_keys(teacher, sets[2], keys or bank.most))
+    return L.contrastive(features, teacher, sets, bank, **options)
 
 
 def seeded(seed=0):
@@ -80,9 +87,8 @@ def test_ohem_without_a_minimum_still_mines_and_without_labels_is_zero():
         1e-5,
         "min_kept=0: the threshold alone",
     )
-    assert (
-        abs(L.ohem_cross_entropy(logits, labels, min_kept=0) - g["ohem_loss_mk0"]) > 0.01
-    )  # S9: plain CE there
+    # S9: plain CE there
+    assert abs(L.ohem_cross_entropy(logits, labels, min_kept=0) - g["ohem_loss_mk0"]) > 0.01
     nothing = L.ohem_cross_entropy(logits, torch.full_like(labels, 255), min_kept=500)
     assert g["ohem_all_ignored_mk500"].isnan() and nothing == 0  # S9
     assert torch.autograd.grad(nothing, logits)[0].abs().max() == 0
@@ -106,9 +112,8 @@ def test_weighted_consistency_equals_the_recorded_one_but_for_ignored_pixels():
         ).sum() / weight.sum()  # what the official denominator loses to ignored pixels (S7)
         loss = L.weighted_consistency(logits, labels, conf, gamma, keep)
         close(loss.item() * share, g[f"loss_{name}"], 2e-6, name)
-        assert (
-            loss > 1.2 * g[f"loss_{name}"]
-        )  # the bug: 29 % ignored pixels made the loss as much smaller
+        # the bug: 29 % ignored pixels made the loss as much smaller
+        assert loss > 1.2 * g[f"loss_{name}"]
         if gamma == 2:
             (gradient,) = torch.autograd.grad(loss, logits)
             close(gradient * share, g[f"grad_{name}"], 1e-8, f"gradient {name}")
@@ -187,7 +192,7 @@ def _add_in_two(rank, folder):
     for step in range(3):
         keys = torch.randn(2, 4, 3, generator=seeded(10 * step + rank))
         bank.add(keys, torch.tensor([rank + 1, 3 - rank]))
-    confidence, (prob, labels) = S.ConfidenceBank(4), _scene()
+    confidence, (prob, labels) = T.ConfidenceBank(4), _scene()
     confidence.update(prob[rank : rank + 1], labels[rank : rank + 1])
     torch.save(bank.state_dict() | confidence.state_dict(), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -203,7 +208,7 @@ def test_two_processes_hold_the_same_banks_in_the_order_of_ranks(tmp_path):
         for rank in (0, 1):
             keys = torch.randn(2, 4, 3, generator=seeded(10 * step + rank))
             alone.add(keys, torch.tensor([rank + 1, 3 - rank]))
-    confidence = S.ConfidenceBank(4)
+    confidence = T.ConfidenceBank(4)
     confidence.update(*_scene())
     for rank in (0, 1):
         state = torch.load(tmp_path / f"{rank}.pt")
@@ -257,15 +262,14 @@ def official_negatives(g, prob, labels, unreliable):
 @pytest.mark.parametrize("name", ["dense5", "dense5_confweight"])
 def test_the_contrastive_loss_equals_the_recorded_one_where_all_classes_are_present(name):
     g, bank, prob, labels, unreliable, (members, anchors, _) = contrast_case(name)
-    negatives = official_negatives(
-        g, prob, labels, unreliable
-    )  # S4's keys, so that the same bank is drawn from
+    # S4's keys, so that the same bank is drawn from
+    negatives = official_negatives(g, prob, labels, unreliable)
     weight = prob.amax(1) if g["conf_weight"] else None
     for step in range(int(g["steps"])):
         assert negatives.sum(1).tolist() == g[f"s{step}_new_keys"].tolist()
         features, teacher = g[f"s{step}_rep"].clone().requires_grad_(), g[f"s{step}_rep_teacher"]
         draws, sets = as_uniform(g, step, 5), (members, anchors, negatives)
-        loss = L.contrastive(features, teacher, sets, bank, anchors=32, weight=weight, draws=draws)
+        loss = contrast(features, teacher, sets, bank, anchors=32, weight=weight, draws=draws)
         assert g[f"s{step}_randint_high"][0::2].tolist() == anchors.sum(1).tolist()
         assert bank.count.tolist() == g[f"s{step}_bank_count"].tolist()
         close(loss.item(), g[f"s{step}_loss"], 1e-6, f"loss of step {step}")
@@ -310,14 +314,12 @@ def test_an_absent_class_shifts_nothing():
     g, bank, *_, (members, anchors, negatives) = contrast_case("gap5")
     assert members.any(1).tolist() == [True, False, True, True, True]
     highs = g["s0_randint_high"][0::2].tolist()
-    assert (
-        highs == anchors.sum(1)[[0, 2, 3]].tolist()
-    )  # class 4, the last one present, is never an anchor there
-    assert (
-        g["s0_randint_high"][1::2].tolist() == g["s0_bank_count"][[0, 3, 4]].tolist()
-    )  # negatives of the next class
+    # class 4, the last one present, is never an anchor there
+    assert highs == anchors.sum(1)[[0, 2, 3]].tolist()
+    # negatives of the next class
+    assert g["s0_randint_high"][1::2].tolist() == g["s0_bank_count"][[0, 3, 4]].tolist()
     features = g["s0_rep"].clone().requires_grad_()
-    loss = L.contrastive(
+    loss = contrast(
         features,
         g["s0_rep_teacher"],
         (members, anchors, negatives),
@@ -341,7 +343,7 @@ def test_contrastive_equals_a_slow_loop_and_thins_surplus_keys_evenly():
     draws = torch.rand(3, 7, generator=generator), torch.rand(3, 7, 6, generator=generator)
     bank = L.MemoryBank(3, 4, size=20, first=20)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # computes in float32 all the same
-        loss = L.contrastive(features, teacher, sets, bank, draws=draws, keys=11, temperature=0.3)
+        loss = contrast(features, teacher, sets, bank, draws=draws, keys=11, temperature=0.3)
     flat, flat_teacher = (x.permute(0, 2, 3, 1).reshape(60, 4) for x in (features, teacher))
     cosine, total = torch.nn.functional.cosine_similarity, 0.0
     for c in range(3):
@@ -374,7 +376,7 @@ def test_contrastive_without_anchors_bank_or_classes_is_zero_with_zero_gradient(
         ((members & one, anchors & one, negatives), bank),
     ):
         features = g["s0_rep"].clone().requires_grad_()
-        loss = L.contrastive(features, g["s0_rep_teacher"], sets, store, generator=seeded())
+        loss = contrast(features, g["s0_rep_teacher"], sets, store, generator=seeded())
         assert loss == 0 and torch.autograd.grad(loss, features)[0].abs().max() == 0
     with pytest.raises(ValueError, match="578 pixels"):
         L.contrastive(g["s0_rep"][:, :, ::2], g["s0_rep_teacher"][:, :, ::2], sets, bank)
@@ -410,19 +412,19 @@ def test_pseudo_labels_by_the_codes_rule_and_masks_equal_the_recorded_ones(epoch
     prob = g["preds_teacher_unsup"].softmax(1)
     drop = S.drop_share(epoch, int(g["epochs"]))
     close(100 * drop, g[f"percent_ep{epoch}"], 1e-12, "percent")
-    uncertainty = S.entropy(prob)
+    uncertainty = A.entropy(prob)
     close(uncertainty[:, ::2, ::2], g["entropy_unsup_sub2"], 1e-6, "entropy")
     close(S.percentile(uncertainty, drop)[0], g[f"thresh_ep{epoch}"], 1e-6, "threshold")
     labels = S.reliable_pseudo_labels(prob, drop, rules="code")
     assert torch.equal(labels, g[f"pseudo_ep{epoch}"])
-    small, reliable, unreliable = S.contrastive_masks(
+    small, reliable, unreliable = T.contrastive_masks(
         g["labels_sup"], labels, uncertainty, (17, 17)
     )
     assert torch.equal(small, torch.cat([g["label_l_small"], g[f"label_u_small_ep{epoch}"]]))
     assert torch.equal(reliable & (small != 255), g[f"low_mask_all_ep{epoch}"][:, 0])
     assert torch.equal(unreliable, g[f"high_mask_all_ep{epoch}"][:, 0])
     # S2: the code's labels leave hardly any unlabelled anchor, the paper's label every reliable pixel
-    small, reliable, _ = S.contrastive_masks(
+    small, reliable, _ = T.contrastive_masks(
         g["labels_sup"], S.reliable_pseudo_labels(prob, drop), uncertainty, (17, 17)
     )
     assert (small[1][reliable[1]] != 255).all() and reliable[1].float().mean() > 0.15
@@ -473,24 +475,24 @@ def test_padding_is_not_counted():
 
 def test_the_confidence_bank_equals_the_recorded_one():
     g = recorded("confidence_bank")
-    bank = S.ConfidenceBank(19, float(g["momentum"]))
+    bank = T.ConfidenceBank(19, float(g["momentum"]))
     prob = g["student_sup_logits"].softmax(1)
     bank.load_state_dict({"value": g["class_criterion_before"][0]})
     bank.update(prob, g["labels"])
     close(bank.value, g["class_criterion_after"][0], 1e-7, "running confidence")
-    fresh = S.ConfidenceBank(19, momentum=0)
+    fresh = T.ConfidenceBank(19, momentum=0)
     fresh.update(prob, g["labels"])
     close(fresh.value, g["category_confidence"], 1e-6, "confidence of one batch")
-    close(S.class_chances(bank.value), g["sample_prob"], 1e-7, "chances of CutMix")
-    chances = S.class_chances(bank.value[list(S.COPY_PASTE_CLASSES)], power=0.5)
+    close(T.class_chances(bank.value), g["sample_prob"], 1e-7, "chances of CutMix")
+    chances = T.class_chances(bank.value[list(T.COPY_PASTE_CLASSES)], power=0.5)
     close(chances, g["acp_prob"], 1e-7, "chances of copy-paste")
-    assert list(S.COPY_PASTE_CLASSES) == g["acp_target_cat"].tolist()
+    assert list(T.COPY_PASTE_CLASSES) == g["acp_target_cat"].tolist()
 
 
 def test_an_absent_class_keeps_its_confidence():
     """S6: in the official code it would fall to momentum * value."""
     g = recorded("confidence_bank")
-    bank = S.ConfidenceBank(19)
+    bank = T.ConfidenceBank(19)
     bank.value = torch.full((19,), 0.5)
     labels = g["labels"].masked_fill(g["labels"] == 7, 255)
     bank.update(g["student_sup_logits"].softmax(1), labels)
@@ -501,9 +503,9 @@ def test_an_absent_class_keeps_its_confidence():
 
 def test_classes_and_images_are_drawn_as_recorded():
     g = recorded("confidence_bank")
-    bank = S.ImageBank(*g["bank"].shape)
+    bank = T.ImageBank(*g["bank"].shape)
     bank.share = g["bank"].float()
-    chances = S.class_chances(g["class_criterion_after"][0])
+    chances = T.class_chances(g["class_criterion_after"][0])
     numpy_state, python_state = (
         np.random.RandomState(int(g["sample_np_seed"])),
         random.Random(int(g["sample_py_seed"])),
@@ -513,7 +515,7 @@ def test_classes_and_images_are_drawn_as_recorded():
         u = torch.tensor([numpy_state.random_sample(), 0.0], dtype=torch.float64)
         u[1] = (python_state.choice(range(len(holds))) + 0.5) / len(holds)
         assert [int(x) for x in bank.draw(chances, u)] == [c, image]
-    nowhere = S.ImageBank(19, 23)
+    nowhere = T.ImageBank(19, 23)
     assert {
         int(nowhere.draw(chances, torch.tensor([0.5, (i + 0.5) / 23]))[1]) for i in range(23)
     } == set(range(23))
@@ -522,10 +524,10 @@ def test_classes_and_images_are_drawn_as_recorded():
 def test_the_keep_rate_equals_the_recorded_sample():
     g = recorded("criterion_cons")
     prediction = g["student_logits"].argmax(1)
-    kept = S.keep_by_class(prediction, g["class_criterion"], g["rand_used"])
+    kept = T.keep_by_class(prediction, g["class_criterion"], g["rand_used"])
     print(f"kept {kept.float().mean():.3f}, differing pixels {(kept != g['sample_map']).sum()}")
     assert torch.equal(kept, g["sample_map"])
-    assert S.keep_by_class(prediction, torch.zeros(19), g["rand_used"]).all()
+    assert T.keep_by_class(prediction, torch.zeros(19), g["rand_used"]).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------- mixing
@@ -534,7 +536,7 @@ def test_the_keep_rate_equals_the_recorded_sample():
 def test_copy_paste_equals_the_recorded_one():
     g = recorded("mixing")
     (own, other), (labels, other_labels) = g["cp_images"].chunk(2, 1), g["cp_labels"].chunk(2, 1)
-    images, mixed = S.copy_paste(own, labels, other, other_labels, g["cp_query"])
+    images, mixed = T.copy_paste(own, labels, other, other_labels, g["cp_query"])
     assert torch.equal(images, g["cp_out_img"]) and torch.equal(mixed, g["cp_out_label"])
 
 
@@ -551,7 +553,7 @@ def test_what_is_pasted_carries_train_ids(tiny_world, name):
     }
     pixels = resize_image(image, (20, 40)).float()[None]
     road = torch.tensor([NAMES.index("road"), NAMES.index("car")])
-    images, mixed = S.copy_paste(
+    images, mixed = T.copy_paste(
         torch.zeros_like(pixels),
         torch.full((1, 20, 40), 10, dtype=torch.uint8),
         pixels,
@@ -568,7 +570,7 @@ def test_what_is_pasted_carries_train_ids(tiny_world, name):
 
 def test_the_image_bank_equals_the_recorded_one():
     g = recorded("mixing")
-    bank = S.ImageBank(*g["bank_before"].shape)
+    bank = T.ImageBank(*g["bank_before"].shape)
     bank.share = g["bank_before"].float()
     index = torch.stack([g["img_id"], g["sample_id"]])
     bank.update(index, g["preds_teacher_unsup"].argmax(1))
@@ -612,9 +614,9 @@ def test_boxes_equal_the_recorded_ones_given_the_component():
         seed = (places.index(list(min(chosen[0]))) + 0.5) / len(places) if chosen else 0.5
         u = torch.tensor([seed, *draws[1:4]])
         if no_pad:  # otherwise the official code resizes the box by draws of its own: checked below
-            found = S.class_box(prediction, c, u, least=least, share=None, stride=1)
+            found = T.class_box(prediction, c, u, least=least, share=None, stride=1)
             assert found.tolist() == box, case
-        y0, x0, y1, x1 = S.class_box(prediction, c, u, least=least, stride=1).tolist()
+        y0, x0, y1, x1 = T.class_box(prediction, c, u, least=least, stride=1).tolist()
         assert 0 <= y0 < y1 <= 40 and 0 <= x0 < x1 <= 40 and abs((y1 - y0) * (x1 - x0) - 800) <= 40
         if chosen:
             rows, cols = zip(*chosen[0], strict=True)
@@ -628,7 +630,7 @@ def test_a_component_is_all_that_is_connected():
     for patch in components(mask)[:12]:
         start = torch.zeros_like(mask)
         start[max(patch)] = True
-        found = S.component(mask, start, sweeps=60)
+        found = T.component(mask, start, sweeps=60)
         assert {tuple(x) for x in found.nonzero().tolist()} == patch
 
 
@@ -636,7 +638,7 @@ def test_a_class_that_fills_the_image_and_oblong_images_have_boxes_of_half_the_i
     for shape, fill in (((33, 80), 4), ((80, 33), 9)):  # S19: 4 is everywhere, 9 nowhere
         prediction = torch.full(shape, 4)
         for seed in range(20):
-            y0, x0, y1, x1 = S.class_box(
+            y0, x0, y1, x1 = T.class_box(
                 prediction, fill, torch.rand(4, generator=seeded(seed))
             ).tolist()
             assert (
@@ -646,18 +648,17 @@ def test_a_class_that_fills_the_image_and_oblong_images_have_boxes_of_half_the_i
             )
     whole = torch.full((40, 40), 4)
     whole[:3] = 1
-    y0, x0, y1, x1 = S.class_box(whole, 4, torch.tensor([0.1, 0.5, 0.0, 1.0]), stride=1).tolist()
-    assert (
-        y0 == 3 and x1 == 40 and abs((y1 - y0) * (x1 - x0) - 800) <= 40
-    )  # a large patch's box is cut from within
+    y0, x0, y1, x1 = T.class_box(whole, 4, torch.tensor([0.1, 0.5, 0.0, 1.0]), stride=1).tolist()
+    # a large patch's box is cut from within
+    assert y0 == 3 and x1 == 40 and abs((y1 - y0) * (x1 - x0) - 800) <= 40
 
 
 def test_cutmix_pastes_the_box_of_every_image():
     own, other = torch.zeros(3, 2, 6, 7), torch.ones(3, 2, 6, 7)
     boxes = torch.tensor([[0, 0, 2, 3], [1, 2, 6, 7], [3, 3, 3, 7]])
-    assert S.cutmix(own, other, boxes).sum((1, 2, 3)).tolist() == [12, 50, 0]
+    assert T.cutmix(own, other, boxes).sum((1, 2, 3)).tolist() == [12, 50, 0]
     assert (
-        S.cutmix(own[:, 0].to(torch.uint8), other[:, 0].to(torch.uint8), boxes)[0, :2, :3]
+        T.cutmix(own[:, 0].to(torch.uint8), other[:, 0].to(torch.uint8), boxes)[0, :2, :3]
         .eq(1)
         .all()
     )
@@ -693,20 +694,16 @@ def test_quotas_are_in_proportion_and_sum_to_the_count():
         )
         assert sum(quotas.values()) == count and ours < 1
         if count == 7:
-            assert (
-                official[-1] == 4 and quotas[17] <= 1
-            )  # S17: zurich is given all that rounding lost
+            # S17: zurich is given all that rounding lost
+            assert official[-1] == 4 and quotas[17] <= 1
     assert A.split_by_group({"fog": 3, "night": 0, "rain": 1}, 4) == {
         "fog": 3,
         "night": 0,
         "rain": 1,
     }
     assert A.split_by_group({"a": 5, "b": 5, "c": 5}, 4) == {"a": 2, "b": 1, "c": 1}
-    assert A.split_by_group({"a": 9, "b": 1, "c": 5}, 5) == {
-        "a": 3,
-        "b": 0,
-        "c": 2,
-    }  # shares 3, 1/3 and 5/3
+    # shares 3, 1/3 and 5/3
+    assert A.split_by_group({"a": 9, "b": 1, "c": 5}, 5) == {"a": 3, "b": 0, "c": 2}
     assert A.split_by_group({}, 0) == {}
     with pytest.raises(ValueError, match="at most as many"):
         A.split_by_group({"a": 1}, 2)
@@ -760,7 +757,7 @@ def test_no_part_of_a_step_waits_for_the_device(device):
         torch.randn(2, 8, 17, 17, device=device).requires_grad_(),
     )
     bank = L.MemoryBank(19, 8, size=60, first=100, device=device)
-    confidence, images = S.ConfidenceBank(19, device=device), S.ImageBank(19, 5, device=device)
+    confidence, images = T.ConfidenceBank(19, device=device), T.ImageBank(19, 5, device=device)
     index, counts = (
         torch.tensor([3], device=device),
         torch.ones(1, 65, 65, dtype=torch.bool, device=device),
@@ -773,25 +770,25 @@ def test_no_part_of_a_step_waits_for_the_device(device):
     def step():
         for drop in (0.2, 0.0):
             pseudo = S.reliable_pseudo_labels(prob_u, drop, counts=counts)
-        small, reliable, unreliable = S.contrastive_masks(
-            labels, pseudo, S.entropy(prob_u), (17, 17)
+        small, reliable, unreliable = T.contrastive_masks(
+            labels, pseudo, A.entropy(prob_u), (17, 17)
         )
         prob = torch.nn.functional.interpolate(torch.cat([prob_l, prob_u]), size=(17, 17))
         sets = L.contrastive_sets(prob, small, reliable, unreliable, labelled=1)
         confidence.update(prob_l, labels)
-        chances = S.class_chances(confidence.value)
+        chances = T.class_chances(confidence.value)
         images.update(index, prob_u.argmax(1))
         u = torch.rand(10, generator=generator, device=device)
         c, _ = images.draw(chances, u[:2])
-        box = S.class_box(prob_u[0].argmax(0), c, u[2:6])
-        S.cutmix(prob_u, prob_l, box[None])
-        S.copy_paste(prob_l[:, :3], labels, prob_u[:, :3], pseudo, S.draw(chances, u[6:]))
-        keep = S.keep_by_class(prob_u.argmax(1), confidence.value, prob_u[:, 0])
+        box = T.class_box(prob_u[0].argmax(0), c, u[2:6])
+        T.cutmix(prob_u, prob_l, box[None])
+        T.copy_paste(prob_l[:, :3], labels, prob_u[:, :3], pseudo, T.draw(chances, u[6:]))
+        keep = T.keep_by_class(prob_u.argmax(1), confidence.value, prob_u[:, 0])
         loss = (
             L.ohem_cross_entropy(logits, labels, min_kept=1000)
             + L.weighted_consistency(logits, pseudo, prob_u.amax(1), keep=keep)
             + 0.1
-            * L.contrastive(
+            * contrast(
                 features, features * 2, sets, bank, anchors=32, negatives=10, generator=generator
             )
         )

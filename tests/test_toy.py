@@ -178,9 +178,8 @@ def test_domains_and_cities_look_different(world):
         source, target = mean_colours(gta5, name), mean_colours(train, name)
         spread = [(m.amax(1) - m.amin(1)).mean() for m in (source, target)]
         assert spread[0] > 1.15 * spread[1], (name, spread)  # the source is the more colourful one
-        assert source.std(0).max() > 5 and target.std(0).max() > 5, (
-            name
-        )  # no constant colour within a domain
+        # no constant colour within a domain
+        assert source.std(0).max() > 5 and target.std(0).max() > 5, name
     cities = [mean_colours(train, "road", city).mean(0) for city in toy.CITIES["train"]]
     assert max((a - b).abs().max() for a in cities for b in cities) > 15
 

@@ -40,9 +40,8 @@ def main() -> None:
     budget = GlobalBudget(count)
     for image in range(args.images):
         centres, scores = stream(image, capacity)
-        keep = int(
-            (scores >= budget.floor).sum()
-        )  # as the loop does: what cannot win is not offered
+        # as the loop does: what cannot win is not offered
+        keep = int((scores >= budget.floor).sum())
         budget.add(image, centres[:keep], scores[:keep])
     picks = budget.select()
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) * 1024 / 1e9

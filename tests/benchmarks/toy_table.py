@@ -93,9 +93,8 @@ def adapt(root: Path, method: str, budget: float, seed: int, extra: list[str]) -
         options += ["--steps", "240", "--lr", "0.003", *STAL[variant]]
     else:
         options += [*ADAPT, "--net", "deeplabv3plus"]
-    options += (
-        ["--budget", str(budget)] if strategy not in ("full", "ripu-pa") else []
-    )  # ripu-pa: 40 pixels an image
+    # ripu-pa: 40 pixels an image
+    options += ["--budget", str(budget)] if strategy not in ("full", "ripu-pa") else []
     options += ["--cbda", variant] if strategy == "cbda" else []
     options += ["--pseudo", pseudo] if pseudo else []
     return train(root / f"{method.replace(':', '-')}-{budget:g}-{seed}", options + extra)

@@ -1,0 +1,440 @@
+"""One pass over the target set: ask for pixels, ask for images, pseudo-label. What happens in a
+round?
+
+    from alda.rounds import ask_pixels, ask_images, label_target, query_schedule
+
+RIPU: Xie et al., CVPR 2022, arXiv 2111.12940. CBDA: Schachtsiek, Rossi and Hannagan, arXiv
+2311.14146. STAL: Guan and Yuan, arXiv 2301.13361. CBST: Zou et al., ECCV 2018, arXiv 1810.07911.
+The scores are in acquisition.py, CBST's thresholds in selftraining.py, the folders that a round
+leaves in annotation.py. Axes: C classes, H rows, W columns.
+"""
+
+import math
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Subset
+
+from alda import IGNORE, InputError, acquisition
+from alda.annotation import Rounds, begin_folder, complete_folder, ground_truth, ledger, write_map
+from alda.datasets import NAMES, NUM_CLASSES, EachImage, SegmentationDataset, load, mix_seed
+from alda.distributed import all_reduce, barrier, broadcast_buffers, rank_and_world
+from alda.evaluation import class_picture, network_logits
+from alda.run import Run, save_picture
+from alda.selftraining import (
+    ConfidenceHistogram,
+    cbst_pseudo_labels,
+    pseudo_label_statistics,
+    spatial_prior,
+    target_portion,
+)
+from alda.settings import Settings
+
+# ------------------------------------------------------------------------------- when, and how many
+
+
+def query_schedule(s: Settings) -> list[int]:
+    """How many steps are done when each round is asked.
+
+    RIPU: 10,000 to 18,000 of 40,000 in equal parts, that is 25 % to 45 % of the steps; source-free
+    0 to 8,000 of 30,000. Raises InputError for --query-steps that do not fit, and for too few
+    steps.
+    """
+    if s.query_steps:
+        try:
+            schedule = [int(part) for part in s.query_steps.split(",")]
+        except ValueError:
+            raise InputError(
+                f"--query-steps is a list like 10000,12000; got {s.query_steps!r}"
+            ) from None
+        growing = schedule == sorted(set(schedule))
+        inside = schedule[0] >= 0 and schedule[-1] < s.steps
+        if not growing or not inside or len(schedule) != s.rounds:
+            raise InputError(
+                f"--query-steps needs --rounds ({s.rounds}) growing steps below --steps ({s.steps}); "
+                f"got {s.query_steps}"
+            )
+        return schedule
+    first, last = (0, 8 / 30) if s.source_free else (0.25, 0.45)
+    share = np.linspace(first, last, s.rounds) if s.rounds > 1 else [first]
+    schedule = [round(s.steps * float(x)) for x in share]
+    if len(set(schedule)) < s.rounds:
+        raise InputError(
+            f"--steps {s.steps} is too short for --rounds {s.rounds}: two rounds fall on one step"
+        )
+    return schedule
+
+
+def pseudo_schedule(s: Settings, queries: list[int]) -> list[int]:
+    """Before which steps --pseudo labels the target anew: --pseudo-steps, or the last query and
+    three more, evenly."""
+    if s.pseudo == "none":
+        return []
+    if not s.pseudo_steps:
+        first = queries[-1]
+        return sorted({first + (s.steps - first) * part // 4 for part in range(4)})
+    try:
+        schedule = [int(part) for part in s.pseudo_steps.split(",")]
+    except ValueError:
+        schedule = [-1]
+    growing = schedule == sorted(set(schedule))
+    if not growing or schedule[0] < 0 or schedule[-1] >= s.steps:
+        raise InputError(
+            f"--pseudo-steps needs growing steps below --steps ({s.steps}); got {s.pseudo_steps!r}"
+        )
+    return schedule
+
+
+def budget_pixels(s: Settings, sizes: list[tuple[int, int]]) -> int:
+    """How many pixels may be asked of images of these `sizes` (H, W), over all rounds."""
+    if s.unit == "pixel" and s.pixels:
+        return s.pixels * len(sizes)
+    return int(sum(height * width for height, width in sizes) * s.budget)
+
+
+def regions_due(budget: int, s: Settings, asked_before: int) -> int:
+    """How many picks a round makes of `budget` pixels, of which `asked_before` are spent.
+
+    RIPU asks ceil(budget / rounds / (2k+1)^2) regions of an image in each round; here never more
+    than the budget has left, so that five roundings up do not add up to more than was promised. A
+    pixel pick costs one pixel. Raises InputError for a budget below one region.
+    """
+    area = 1 if s.unit == "pixel" else (2 * s.radius + 1) ** 2
+    if budget < area:
+        raise InputError(
+            f"the budget (--budget {s.budget}) is {budget} pixels, less than one region ({area})"
+        )
+    return max(0, min(math.ceil(budget / s.rounds / area), (budget - asked_before) // area))
+
+
+def check_budget(s: Settings, target: SegmentationDataset) -> None:
+    """Notices a budget that is too small for one region before anything is trained (InputError)."""
+    sizes = [sample.size for sample in target.samples]
+    one_budget = s.strategy == "cbda" and s.cbda != "balance"
+    for group in [sizes] if one_budget else [[size] for size in set(sizes)]:
+        regions_due(budget_pixels(s, group), s, 0)
+
+
+# -------------------------------------------------------------------- the network on the target set
+
+
+@torch.no_grad()
+def target_logits(s: Settings, run: Run, target, model=None, indices=None, lost=""):
+    """Yields (index, image (3,H,W) uint8, logits (C,H,W) float32 at the image's full size), in eval
+    mode.
+
+    `model` is the run's unless given (a teacher), `indices` all images unless given. Raises
+    FloatingPointError where a logit is not finite; `lost` is added to the message.
+    """
+    model = run.model if model is None else model
+    indices = range(len(target)) if indices is None else indices
+    training = model.training
+    model.eval()
+    images = load(Subset(EachImage(len(target), target.image), indices), s.workers, batch_size=None)
+    for index, image in zip(indices, images, strict=True):
+        with run.autocast():
+            logits = network_logits(model, image, s.target_hw, run.device)
+        if not logits.isfinite().all():
+            raise FloatingPointError(
+                f"{target.samples[index].image}: the network's output is not finite{lost}; "
+                "try a lower --lr"
+            )
+        yield index, image, logits
+    model.train(training)
+
+
+# ----------------------------------------------------------------------------------- ask for pixels
+
+
+def ask_pixels(s: Settings, run: Run, target: SegmentationDataset, rounds: Rounds, number: int):
+    """Query round `number` over the whole target set: score and select, ask the oracle, store,
+    draw, report."""
+    began = time.time()
+    records = [rounds.record(earlier + 1) for earlier in range(number - 1)]
+    centres, shown, notes = choose(s, run, target, rounds, number, records)
+    paint_radius = 0 if s.unit == "pixel" else s.radius
+    folder = run.out / "pictures" / f"round-{number:02d}"
+    with rounds.new(number) as new:
+        for index, sample in enumerate(target.samples):
+            before = rounds.asked(sample.id, sample.size, number - 1)
+            asked = acquisition.paint(centres[index], paint_radius, sample.size)
+            oracle = ground_truth(target, index)
+            picks = len(centres[index])
+            answers = new.add(sample.id, asked, oracle, picks, s.target_hw, s.keep_labels)
+            if index in shown:
+                known = rounds.labels(sample.id, sample.size, number - 1)
+                panels = {
+                    **shown[index],
+                    "asked so far": before | asked,
+                    "answers so far": torch.where(answers == IGNORE, known, answers),
+                    "truth": target.labels(index),
+                }
+                save_picture(panels, sample.size, folder / f"{sample.id}.png")
+        new.notes = notes
+    record = rounds.record(number)
+    labelled = ledger([*records, record])["classes"]
+    class_picture(labelled, folder / "classes.png", balanced="class_weights" in notes)
+    print(
+        f"round {number}/{s.rounds}: asked {record['asked']:,} px ({record['regions']:,} of "
+        f"{notes['picks_due']:,} picks due, {len(record['images'])} images), labelled "
+        f"{record['labelled']:,}, ignored by the truth {record['ignored']:,}, "
+        f"left at {s.target_size} {record['trained']:,} ({time.time() - began:.0f} s)",
+        flush=True,
+    )
+
+
+@torch.no_grad()
+def choose(s: Settings, run: Run, target, rounds: Rounds, number: int, records: list[dict]):
+    """Which centres round `number` asks: (centres (n,2) int64 of every image, panels of the images
+    drawn, notes).
+
+    RIPU: each image has its own budget. CBDA `dynamic`: one budget over all images; `balance`:
+    scores are weighted by what the classes have consumed so far. Scores are taken on the logits at
+    the image's full size, in eval mode, one image at a time. A pick blocks the centres within 2k
+    (regions) or k (pixels) in this round and, through the pixels asked so far, in all later ones.
+    """
+    dynamic, balance = (
+        s.strategy == "cbda" and s.cbda in (part, "both") for part in ("dynamic", "balance")
+    )
+    whole = budget_pixels(s, [sample.size for sample in target.samples])
+    notes: dict = {"budget_px": whole}
+    weights = None
+    if balance:
+        counts = torch.tensor([*ledger(records)["classes"].values()])
+        weights = acquisition.class_weights(counts, whole)
+        notes["class_weights"] = dict(zip(NAMES, weights.tolist(), strict=True))
+    count = regions_due(whole, s, sum(record["asked"] for record in records))  # over all images
+    pool = acquisition.GlobalBudget(count)
+    block_radius = s.radius if s.unit == "pixel" else 2 * s.radius
+    centres, shown, every = [], {}, math.ceil(len(target) / max(1, s.pictures))
+    notes["picks_due"] = count if dynamic else 0
+    for index, image, logits in target_logits(s, run, target, lost="; nothing was asked"):
+        sample, prediction = target.samples[index], logits.argmax(0)
+        score = acquisition.SCORES[s.strategy](
+            logits, s.radius, s.unit, mix_seed(s.seed, 3, number, index)
+        )
+        if balance:
+            score = acquisition.class_balanced(score, prediction, weights)
+            used_up = (weights == 0).to(run.device)[prediction]
+            score = score.masked_fill(used_up, -math.inf)
+        before = rounds.asked(sample.id, sample.size, number - 1)
+        blocked = acquisition.dilate(before.to(run.device), s.radius) if number > 1 else None
+        if dynamic:
+            free = score.masked_fill(score < pool.floor, -math.inf)
+            picked = acquisition.select_regions(free, count, block_radius, blocked)
+            pool.add(index, picked, score[picked[:, 0], picked[:, 1]])
+        else:
+            due = regions_due(budget_pixels(s, [sample.size]), s, int(before.sum()))
+            centres.append(acquisition.select_regions(score, due, block_radius, blocked).cpu())
+            notes["picks_due"] += due
+        if s.pictures and index % every == 0:
+            panels = {"prediction": prediction.to(torch.uint8).cpu(), "score": score.cpu()}
+            shown[index] = {"image": image, **panels}
+    if dynamic:
+        picks, nothing = pool.select(), torch.empty(0, 2, dtype=torch.int64)
+        centres = [picks.get(index, nothing) for index in range(len(target))]
+        notes["threshold"] = pool.threshold
+    return centres, shown, notes
+
+
+# ----------------------------------------------------------------------------------- ask for images
+
+
+def ask_images(
+    s: Settings, run: Run, teacher, target, rounds: Rounds, number: int, count: int
+) -> None:
+    """STAL's query: `count` whole images, the most uncertain of each group; stores them as round
+    `number`.
+
+    The groups (cities, conditions) are asked in proportion to their remaining images, see
+    acquisition.split_by_group. The first round, and all with --image-queries random, take random
+    images of each group. The uncertainty is the teacher's, at the images' full size. Under torchrun
+    each process scores its share of the images.
+    """
+    began = time.time()
+    taken = {image for n in range(1, number) for image in rounds.record(n)["images"]}
+    left = [i for i, sample in enumerate(target.samples) if sample.id not in taken]
+    if number > 1 and s.image_queries == "uncertainty":
+        score, shown = uncertainty_of_images(s, run, teacher, target, left)
+    else:
+        draws = np.random.default_rng(mix_seed(s.seed, 3, number)).random(len(left))
+        score, shown = torch.zeros(len(target), dtype=torch.float64), {}
+        score[left] = torch.from_numpy(draws)
+    if rank_and_world()[0] == 0:
+        chosen, quotas = most_uncertain(target, left, score, count)
+        folder = run.out / "pictures" / f"round-{number:02d}"
+        with rounds.new(number) as new:
+            for index in chosen:
+                sample = target.samples[index]
+                everything = torch.ones(sample.size, dtype=torch.bool)
+                oracle = ground_truth(target, index)
+                new.add(sample.id, everything, oracle, 1, s.target_hw, s.keep_labels)
+                if index in shown:
+                    panels = {**shown[index], "answers": target.labels(index)}
+                    save_picture(panels, sample.size, folder / f"{sample.id}.png")
+            scores = {target.samples[i].id: score[i].item() for i in chosen}
+            new.notes = {"quotas": quotas, "scores": scores}
+        record = rounds.record(number)
+        print(
+            f"round {number}/{s.rounds}: asked {len(record['images'])} whole images "
+            f"({record['asked']:,} px) of {len(left)} left, labelled {record['labelled']:,} px "
+            f"({time.time() - began:.0f} s)",
+            flush=True,
+        )
+    barrier()
+
+
+def uncertainty_of_images(s: Settings, run: Run, teacher, target, left: list[int]):
+    """(uncertainty of every image (N,) float64, 0 for those not `left`; panels of the most
+    uncertain ones).
+
+    Collective under torchrun: each process scores its share."""
+    rank, world = rank_and_world()
+    broadcast_buffers(teacher)
+    score, shown = torch.zeros(len(target), dtype=torch.float64), {}
+    for index, image, logits in target_logits(s, run, target, teacher, left[rank::world]):
+        prob = logits.softmax(0)
+        score[index] = acquisition.image_uncertainty(prob)
+        panels = {
+            "image": image,
+            "prediction": prob.argmax(0).to(torch.uint8),
+            "uncertainty": acquisition.pixel_entropy(prob),
+        }
+        shown[index] = {name: panel.cpu() for name, panel in panels.items()}
+        if len(shown) > s.pictures:  # only the most uncertain ones are drawn
+            del shown[min(shown, key=lambda i: score[i].item())]
+    return all_reduce(score.to(run.device)).cpu(), shown
+
+
+def most_uncertain(target, left: list[int], score: torch.Tensor, count: int):
+    """(indices of the `count` images asked, {group: how many}): the highest scores of each
+    group."""
+    groups: dict[str, list[int]] = {}
+    for index in left:
+        groups.setdefault(target.samples[index].group, []).append(index)
+    sizes = {group: len(members) for group, members in groups.items()}
+    quotas = acquisition.split_by_group(sizes, count)
+    chosen = []
+    for group, members in groups.items():
+        chosen += sorted(members, key=lambda i: -score[i])[: quotas[group]]
+    return chosen, quotas
+
+
+# ------------------------------------------------------------------------------------- pseudo-label
+
+
+def label_target(
+    s: Settings, run: Run, target, pseudo: Rounds, number: int, kind: str, prior=None, bought=None
+) -> dict:
+    """Pseudo-labels the whole target set with the present network and stores it as round `number`;
+    returns its record.
+
+    `kind` is "st", "cbst" or "cbst-sp" (then with `prior`, see source_prior). Two passes over the
+    images: the first ranks confidences in fixed memory, the second labels; no probability map is
+    kept. `bought(index)`, where given, are bought labels (H,W): pixels that have one get no
+    pseudo-label. Coverage and accuracy in the record are measured against the target's labels; they
+    are reported and used for nothing.
+    """
+    began = time.time()
+    histogram = ConfidenceHistogram(NUM_CLASSES, run.device)
+    for _, _, logits in target_logits(s, run, target):
+        prob = logits.softmax(0)
+        histogram.add(prob, at_size(prior, prob))
+    portion = target_portion(number - 1, s.portion, s.portion_step, s.portion_max)
+    thresholds = histogram.thresholds(portion, balanced=kind != "st")
+    work = begin_folder(pseudo.path(number), ("labels",))
+    folder = run.out / "pictures" / f"pseudo-{number:02d}"
+    total = dict.fromkeys(("labelled", "judged", "correct", "truth", "covered"), 0)
+    every = -(-len(target) // max(1, s.pictures))
+    for index, image, logits in target_logits(s, run, target):
+        # float32: in bfloat16 a sure pixel saturates at 1, where the paper's strict rule labels
+        # nothing
+        sample, prob = target.samples[index], logits.softmax(0)
+        labels = cbst_pseudo_labels(prob, thresholds, at_size(prior, prob), s.rules).cpu()
+        if bought is not None:
+            labels = labels.masked_fill(bought(index) != IGNORE, IGNORE)
+        write_map(work / "labels" / f"{sample.id}.png", labels)
+        truth = target.labels(index)
+        counts = pseudo_label_statistics(labels, truth, NUM_CLASSES)
+        total = {name: total[name] + counts[name] for name in total}
+        if s.pictures and index % every == 0:
+            confidence, prediction = prob.max(0)
+            panels = {"image": image, "prediction": prediction.to(torch.uint8)}
+            panels |= {"confidence": confidence, "pseudo-labels": labels, "truth": truth}
+            save_picture(panels, sample.size, folder / f"{sample.id}.png")
+    record = pseudo_record(kind, portion, thresholds, histogram.predicted, total)
+    complete_folder(work, pseudo.path(number), record)
+    report_pseudo(s, target, number, record, time.time() - began)
+    return record
+
+
+def pseudo_record(kind: str, portion: float, thresholds, predicted, total: dict) -> dict:
+    """What a round.json says: thresholds, predicted pixels, and per class how many pixels were
+    labelled and how well."""
+    counts = {name: values.tolist() for name, values in total.items()}
+
+    def share(part: str, whole: str, c: int) -> float | None:
+        return counts[part][c] / counts[whole][c] if counts[whole][c] else None
+
+    classes = {
+        name: {
+            "threshold": thresholds[c].item(),
+            "predicted": int(predicted[c]),
+            "labelled": counts["labelled"][c],
+            "accuracy": share("correct", "judged", c),
+            "coverage": share("covered", "truth", c),
+        }
+        for c, name in enumerate(NAMES)
+    }
+    sums = {name: sum(values) for name, values in counts.items()}
+    return {
+        "kind": kind,
+        "portion": portion,
+        "labelled": sums["labelled"],
+        "accuracy": sums["correct"] / sums["judged"] if sums["judged"] else None,
+        "coverage": sums["covered"] / sums["truth"] if sums["truth"] else None,
+        "classes": classes,
+    }
+
+
+def report_pseudo(s: Settings, target, number: int, record: dict, seconds: float) -> None:
+    """Prints how much was pseudo-labelled and how well, and which classes got nothing."""
+    pixels = sum(height * width for height, width in (sample.size for sample in target.samples))
+    by_class = []
+    for name, c in record["classes"].items():
+        by_class.append(f"{name} {percent(c['accuracy'])}/{percent(c['coverage'])}")
+    print(
+        f"pseudo-labels {number}: portion {record['portion']:.0%}, {record['labelled']:,} of {pixels:,} px "
+        f"labelled, accuracy {percent(record['accuracy'])} ({seconds:.0f} s); accuracy / coverage by class: "
+        + ", ".join(by_class),
+        flush=True,
+    )
+    classes = record["classes"].items()
+    empty = [name for name, c in classes if c["predicted"] and not c["labelled"]]
+    if empty and s.rules == "paper":
+        print(
+            f"no pixel of {', '.join(empty)} is surer than its threshold: too few are predicted, or more "
+            "than the portion are equally sure (a saturated network: --rules code labels those)",
+            flush=True,
+        )
+
+
+def percent(value: float | None) -> str:
+    """A share as text, "-" for one that has no value."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def source_prior(s: Settings, source: SegmentationDataset, device) -> torch.Tensor:
+    """CBST-SP's spatial priors (C,h,w) at --target-size, from all labels of the source (one pass
+    over its files)."""
+    files = load(EachImage(len(source), source.labels), s.workers, batch_size=None)
+    return spatial_prior((label.to(device) for label in files), NUM_CLASSES, s.target_hw)
+
+
+def at_size(prior: torch.Tensor | None, prob: torch.Tensor) -> torch.Tensor | None:
+    """The prior at the size of a probability map, bilinear where they differ."""
+    if prior is None or prior.shape == prob.shape:
+        return prior
+    return F.interpolate(prior[None], prob.shape[-2:], mode="bilinear", align_corners=False)[0]
