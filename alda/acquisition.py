@@ -56,7 +56,8 @@ def region_impurity(prediction: torch.Tensor, num_classes: int, k: int = 1) -> t
         total += torch.xlogy(count, count)
     # RIPU Eq. (3): P = -sum_c (n_c / n) log (n_c / n) = log n - (1 / n) sum_c n_c log n_c
     impurity = (area.log() - total / area) / math.log(num_classes)
-    return impurity.clamp_(min=0)  # a pure region is 0, not -1e-8
+    # a pure region is 0, not +-1e-8 by rounding; the least impure one is 1e-6 or more up to k = 1,500
+    return impurity.masked_fill_(impurity < 1e-6, 0)
 
 
 def region_uncertainty(entropies: torch.Tensor, k: int = 1) -> torch.Tensor:
@@ -233,34 +234,37 @@ def dilate(mask: torch.Tensor, radius: int) -> torch.Tensor:
 
 
 def select_regions(
-    score: torch.Tensor, count: int, block_radius: int, blocked: torch.Tensor | None = None
+    score: torch.Tensor,
+    count: int,
+    block_radius: int,
+    blocked: torch.Tensor | None = None,
+    tie_break: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Greedy picks: the highest score wins, its pick blocks every centre within `block_radius` rows
     and columns.
 
-    RIPU's region selection (the paper's algorithm, the official code's order). `score` (H,W) float;
-    `blocked` (H,W) bool marks centres that may not be picked. Returns (n,2) int64 (row, column) in
-    picking order on the score's device, n <= `count`: fewer when the candidates run out. -inf and
-    NaN are never picked. Ties go to the smaller column, then the smaller row (the official code's
-    order). For regions of radius k use block_radius = 2k: they do not overlap.
+    RIPU's region selection (the paper's algorithm). `score` (H,W) float; `blocked` (H,W) bool marks
+    centres that may not be picked. Returns (n,2) int64 (row, column) in picking order on the score's
+    device, n <= `count`: fewer when the candidates run out. -inf and NaN are never picked. For
+    regions of radius k use block_radius = 2k: they do not overlap.
+
+    Equal scores: the larger `tie_break` wins, (H,W) float, or (K,H,W) where the first of K maps in
+    which they differ decides. What is still equal, or all ties without it, goes to the smaller
+    column, then the smaller row: the official code's order, which spends a flat prediction's budget
+    on the left border.
 
     Exact without a step per pick on the device: a pick blocks at most (2 block_radius + 1)^2
     centres, itself included, so the best count * (2 block_radius + 1)^2 candidates always hold the
     first `count` picks. They are sorted once, and one walk over the sorted list on the host takes
     every candidate that no earlier pick has blocked. A quarter of them is nearly always enough and
-    is tried first.
+    is tried first. Raises ValueError for other shapes, and for a count or radius below 0.
     """
-    if (
-        score.dim() != 2
-        or count < 0
-        or block_radius < 0
-        or (blocked is not None and blocked.shape != score.shape)
-    ):
-        shapes = (
-            f"{tuple(score.shape)}, blocked {None if blocked is None else tuple(blocked.shape)}"
-        )
+    wrong = score.dim() != 2 or count < 0 or block_radius < 0
+    if wrong or any(x is not None and x.shape[-2:] != score.shape for x in (blocked, tie_break)):
+        shapes = [None if x is None else tuple(x.shape) for x in (score, blocked, tie_break)]
         raise ValueError(
-            f"needs one (H,W) score, blocked alike, count and radius at least 0; got {shapes}, {count}, {block_radius}"
+            "needs one (H,W) score, blocked and tie_break alike, count and radius at least 0; got "
+            f"{shapes[0]}, blocked {shapes[1]}, tie_break {shapes[2]}, {count}, {block_radius}"
         )
     height, width = score.shape
     values = score.detach().float()
@@ -268,15 +272,19 @@ def select_regions(
     if blocked is not None:
         values = values.masked_fill(blocked.to(values.device), -math.inf)
     values = values.cpu().numpy().ravel()
+    ties = np.empty((0, values.size), np.float32)
+    if tie_break is not None:
+        ties = tie_break.detach().float().cpu().numpy().reshape(-1, values.size)
     enough = count * (2 * block_radius + 1) ** 2
     for number in (enough // 4 + 1, enough):
-        picks = _walk(_best_first(values, width, number), height, width, count, block_radius)
+        candidates = _best_first(values, ties, width, number)
+        picks = _walk(candidates, height, width, count, block_radius)
         if len(picks) == count or number >= values.size:
             break
     return torch.from_numpy(picks).to(score.device)
 
 
-def _best_first(values: np.ndarray, width: int, number: int) -> np.ndarray:
+def _best_first(values: np.ndarray, ties: np.ndarray, width: int, number: int) -> np.ndarray:
     """Flat indices in picking order of at least the `number` highest values: all above a threshold,
     -inf left out.
 
@@ -292,7 +300,9 @@ def _best_first(values: np.ndarray, width: int, number: int) -> np.ndarray:
         chosen = np.flatnonzero((values >= threshold) & (values > -math.inf))
         rank *= 2
     rows, cols = np.divmod(chosen, width)
-    return chosen[np.lexsort((rows, cols, -values[chosen]))]
+    # the last key decides first: the value, then the tie breaks, then column and row
+    keys = [rows, cols, *(-ties[::-1, chosen]), -values[chosen]]
+    return chosen[np.lexsort(keys)]
 
 
 def _walk(candidates: np.ndarray, height: int, width: int, count: int, radius: int) -> np.ndarray:
@@ -420,6 +430,10 @@ class GlobalBudget:
             for name, (_, centres) in self.images.items()
             if len(centres)
         }
+
+    def scores(self) -> dict:
+        """{image_id: (n,) float32} of the picks of this process's images, as `select` gave them."""
+        return {name: torch.from_numpy(values) for name, (values, _) in self.images.items()}
 
     def _keep_best(self, total, gather) -> float | None:
         """Cuts every image to its picks among the `count` best of all; returns the lowest score

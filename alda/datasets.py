@@ -392,49 +392,57 @@ class JointTransform:
 
     Called as `transform(image (3,H,W) uint8, labels (H,W) uint8, generator)`; gives (3,h,w) float32
     normalised with ImageNet's mean and deviation, and (h,w) uint8. What the crop adds beyond the
-    image is 255 in the labels.
+    image (padding) is 255 in the labels.
     """
 
     size: tuple[int, int] | None = None  # (H, W) to resize to; None keeps the file's size
     scale: tuple[float, float] = (1.0, 1.0)  # range of a random further scaling
+    halves: bool = (
+        False  # draw the scale below 1 half of the time and above 1 the other half (STAL)
+    )
     crop: tuple[int, int] | None = (
         None  # (H, W) of a random crop, padded where the image is smaller
     )
+    centred: bool = False  # pad on all sides (STAL), else below and to the right
     flip: bool = False  # mirror left and right with probability 0.5
     keep_labels: bool = False  # see resize_labels
-    crop_at: Callable | None = (
-        None  # (labels (h,w), crop=, generator=) -> (top, left), or None for a random place
-    )
+    # (labels (h,w), crop=, generator=) -> (top, left), or None for a random place
+    crop_at: Callable | None = None
 
-    def __call__(
-        self, image, labels, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, image, labels, generator: torch.Generator):
         height, width = self.size or image.shape[-2:]
         if self.scale != (1.0, 1.0):
-            low, high = self.scale
-            factor = low + (high - low) * torch.rand((), generator=generator).item()
-            height, width = round(height * factor), round(width * factor)
-        image, labels = (
-            resize_image(image, (height, width)),
-            resize_labels(labels, (height, width), self.keep_labels),
-        )
-        image = normalise(image)
+            factor = self._draw_scale(generator)
+            height, width = max(1, round(height * factor)), max(1, round(width * factor))
+        image = normalise(resize_image(image, (height, width)))
+        labels = resize_labels(labels, (height, width), self.keep_labels)
         if self.crop:
             image, labels = self._crop(image, labels, generator)
         if self.flip and torch.rand((), generator=generator).item() < 0.5:
             image, labels = image.flip(-1), labels.flip(-1)
         return image, labels
 
+    def _draw_scale(self, generator: torch.Generator) -> float:
+        low, high = self.scale
+        if self.halves and low < 1 < high:
+            below = torch.rand((), generator=generator).item() < 0.5
+            low, high = (low, 1.0) if below else (1.0, high)
+        return low + (high - low) * torch.rand((), generator=generator).item()
+
     def _crop(self, image, labels, generator):
         """A window of size `crop`, at a place that `crop_at` chooses or at a random one; smaller
         images are padded first."""
-        pad_h, pad_w = (
+        height, width = (
             max(0, crop - have) for crop, have in zip(self.crop, labels.shape, strict=True)
         )
-        if pad_h or pad_w:  # 0 is the mean colour: the image is normalised already
-            image = torch.nn.functional.pad(image, (0, pad_w, 0, pad_h))
-            labels = torch.nn.functional.pad(labels, (0, pad_w, 0, pad_h), value=IGNORE)
-        place = self.crop_at(labels, crop=self.crop, generator=generator) if self.crop_at else None
+        if height or width:  # 0 is the mean colour: the image is normalised already
+            top, left = (height // 2, width // 2) if self.centred else (0, 0)
+            sides = (left, width - left, top, height - top)
+            image = torch.nn.functional.pad(image, sides)
+            labels = torch.nn.functional.pad(labels, sides, value=IGNORE)
+        place = None
+        if self.crop_at:
+            place = self.crop_at(labels, crop=self.crop, generator=generator)
         if place is None:
             free = [have - crop + 1 for have, crop in zip(labels.shape, self.crop, strict=True)]
             place = [torch.randint(n, (), generator=generator).item() for n in free]
@@ -585,31 +593,26 @@ class EndlessSampler(Sampler):
 def balanced_order(
     presence: np.ndarray, rng: np.random.Generator, sub_epoch: int = 3000
 ) -> np.ndarray:
-    """One sub-epoch of class-balanced source images (RIPU's official code; the paper is silent):
-    indices, int64.
+    """One sub-epoch of class-balanced source images: `sub_epoch` indices, int64.
 
-    A class is drawn with probability proportional to 1 / log(1.01 + its share of the draws so far),
-    then an image that holds it and is not used yet in this sub-epoch. Classes with no unused image
-    left are not drawn. `presence` (N,C) bool.
+    RIPU's official code; the paper is silent. A class is drawn with probability proportional to
+    1 / log(1.01 + its share of the counts so far), then the next image of that class's own list,
+    which is shuffled anew when it ends; every class that the image holds is counted. An image may
+    come up again through another class. `presence` (N,C) bool; a class of no image is never drawn.
     """
-    images, classes = presence.shape
-    queues = [list(rng.permutation(np.flatnonzero(presence[:, c]))) for c in range(classes)]
-    used, drawn, order = np.zeros(images, bool), np.zeros(classes), []
-    target = min(sub_epoch, int(presence.any(1).sum()))
-    while len(order) < target:
-        share = drawn / max(1.0, drawn.sum())
-        weight = np.array(
-            [1 / math.log(1.01 + s) if q else 0.0 for s, q in zip(share, queues, strict=True)]
-        )
-        c = int(rng.choice(classes, p=weight / weight.sum()))
-        while queues[c] and used[queues[c][-1]]:
-            queues[c].pop()
-        if queues[c]:
-            index = queues[c].pop()
-            used[index] = True
-            drawn[c] += 1
-            order.append(index)
-    return np.array(order, np.int64)
+    lists = [rng.permutation(np.flatnonzero(column)) for column in presence.T]
+    there = np.array([len(images) > 0 for images in lists])
+    places, counts = np.zeros(len(lists), np.int64), np.zeros(len(lists))
+    order = np.empty(sub_epoch, np.int64)
+    for i in range(sub_epoch):
+        weight = there / np.log(1.01 + counts / max(1.0, counts.sum()))
+        c = rng.choice(len(lists), p=weight / weight.sum())
+        if places[c] == len(lists[c]):
+            lists[c], places[c] = rng.permutation(lists[c]), 0
+        order[i] = lists[c][places[c]]
+        places[c] += 1
+        counts += presence[order[i]]
+    return order
 
 
 def class_presence(dataset: SegmentationDataset, workers: int = 0) -> np.ndarray:

@@ -13,6 +13,7 @@ Axes: N images, C classes, H rows, W columns. Prediction and labels are (…,H,W
 import argparse
 import csv
 import json
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,35 +62,37 @@ def confusion_matrix(
 
 
 def iou(matrix: torch.Tensor) -> torch.Tensor:
-    """IoU_c = TP / (TP + FP + FN) for each class, (C,) float64; NaN where the class is in neither
-    labels nor predictions."""
+    """IoU_c = TP / (TP + FP + FN) for each class, (C,) float64; NaN where the class does not occur in
+    the truth, whatever was predicted."""
     true_positive = matrix.diagonal().double()
     union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
-    return true_positive / union.double()  # 0/0 is NaN
+    present = matrix.sum(1) > 0
+    return (true_positive / union.clamp(min=1)).masked_fill(~present, torch.nan)
 
 
 def summary(matrix: torch.Tensor) -> dict:
-    """mIoU over 19, 16 and 13 classes (fractions), the lowest class, per-class IoU, and the classes
-    left out as absent.
+    """mIoU over 19, 16 and 13 classes (fractions), over how many of them the means are, the lowest
+    class, per-class IoU, and the classes left out as absent.
 
-    The mean is over the classes of the set that occur in labels or predictions.
+    A mean is over the classes of its set that occur in the truth: one over classes that happen to be
+    predicted would be no fixed measure.
     """
     values = iou(matrix.cpu())
     present = ~values.isnan()
-    result = {}
+    result: dict = {}
     for name, members in CLASS_SETS.items():
         kept = values[list(members)]
-        result[f"mIoU{name}"] = kept.nanmean().item() if present.any() else None
-    lowest = min(
-        (i for i in range(len(values)) if present[i]), key=lambda i: values[i].item(), default=None
-    )
-    result["lowest"] = (
-        None if lowest is None else {"class": NAMES[lowest], "IoU": values[lowest].item()}
-    )
-    result["IoU"] = {
-        n: (v.item() if p else None) for n, v, p in zip(NAMES, values, present, strict=True)
-    }
-    result["absent"] = [n for n, p in zip(NAMES, present, strict=True) if not p]
+        kept = kept[~kept.isnan()]
+        result[f"mIoU{name}"] = kept.mean().item() if len(kept) else None
+        result[f"classes{name}"] = len(kept)
+    there = [i for i in range(len(values)) if present[i]]
+    lowest = min(there, key=lambda i: values[i].item(), default=None)
+    result["lowest"] = None
+    if lowest is not None:
+        result["lowest"] = {"class": NAMES[lowest], "IoU": values[lowest].item()}
+    pairs = list(zip(NAMES, values.tolist(), present.tolist(), strict=True))
+    result["IoU"] = {name: value if there else None for name, value, there in pairs}
+    result["absent"] = [name for name, _, there in pairs if not there]
     return result
 
 
@@ -99,11 +102,12 @@ def describe(result: dict) -> str:
         f"  {n:14s} {'absent' if v is None else f'{100 * v:6.2f}'}"
         for n, v in result["IoU"].items()
     ]
-    means = ", ".join(
-        f"{k} {100 * result[k]:.2f}"
-        for k in ("mIoU19", "mIoU16", "mIoU13")
-        if result[k] is not None
-    )
+    means = []
+    for name in CLASS_SETS:
+        value = result[f"mIoU{name}"]
+        if value is not None:
+            means.append(f"mIoU{name} {100 * value:.2f} over {result[f'classes{name}']} classes")
+    means = ", ".join(means)
     if result["lowest"]:
         means += f", lowest {result['lowest']['class']} {100 * result['lowest']['IoU']:.2f}"
     if result["absent"]:
@@ -124,12 +128,16 @@ class Protocol:
     name: str
     size: tuple[int, int] | None = None  # (H, W) the image is resized to; None: its own size
     flip: bool = False  # average the softmax of the image and of its mirror image
-    window: int | None = None  # side of the sliding window; an image smaller than it is one window
+    window: int | None = None  # side of the sliding window; a smaller image is padded to it
     stride: float = 2 / 3  # of the window, in shares of its side
 
     def __str__(self) -> str:
         size = f"{self.size[1]}x{self.size[0]}" if self.size else "full resolution"
-        window = f", window {self.window} stride {self.stride:.2f}" if self.window else ""
+        window = (
+            f", window {self.window} stride {math.ceil(self.window * self.stride)}"
+            if self.window
+            else ""
+        )
         return f"{self.name} ({size}{window}, {'flip' if self.flip else 'no flip'}, scored at label size)"
 
 
@@ -171,35 +179,48 @@ def network_logits(model, image: torch.Tensor, size, device, mirror: bool = Fals
 @torch.no_grad()
 def predict_prob(model, image: torch.Tensor, protocol: Protocol, device) -> torch.Tensor:
     """Class probabilities of one image (3,H,W) uint8 at its own size: (C,H,W) float32 on `device`;
-    model in eval mode."""
+    model in eval mode. Raises InputError where one is not finite: that is never a score."""
     size = protocol.size or tuple(image.shape[-2:])
     if protocol.window:
-        return _sliding(model, normalise(resize_image(image, size).to(device))[None], protocol)[0]
-    prob = network_logits(model, image, size, device).softmax(0)
+        x = normalise(resize_image(image, size).to(device))[None]
+        prob = _sliding(model, x, protocol)[0].softmax(0)
+    else:
+        prob = network_logits(model, image, size, device).softmax(0)
     if protocol.flip:
         prob = (prob + network_logits(model, image, size, device, mirror=True).softmax(0)) / 2
+    if not prob.isfinite().all():
+        raise InputError(
+            "the network's output is not finite: its weights are lost, nothing is scored"
+        )
     return prob
 
 
 def _sliding(model, x: torch.Tensor, protocol: Protocol) -> torch.Tensor:
-    """Softmax averaged over windows that overlap; the last window of a row or column ends at the
-    border."""
+    """Logits averaged over windows that overlap, as STAL's evaluation: x (1,3,H,W) -> (1,C,H,W).
+
+    The last window of a row or column ends at the border; an image smaller than the window is padded
+    on all sides with 0, the mean colour.
+    """
     height, width = x.shape[-2:]
-    total, hits = 0, torch.zeros(height, width, device=x.device)
-    for top in _starts(height, protocol.window, protocol.stride):
-        for left in _starts(width, protocol.window, protocol.stride):
-            tile = x[..., top : top + protocol.window, left : left + protocol.window]
-            prob = deeplab.upsample(model(tile), tile.shape[-2:]).softmax(1)
+    window = protocol.window
+    missing = [max(0, window - length) for length in (height, width)]
+    top, left = (length // 2 for length in missing)
+    x = torch.nn.functional.pad(x, (left, missing[1] - left, top, missing[0] - top))
+    total, hits = 0, torch.zeros(x.shape[-2:], device=x.device)
+    for row in _starts(x.shape[-2], window, protocol.stride):
+        for column in _starts(x.shape[-1], window, protocol.stride):
+            place = (..., slice(row, row + window), slice(column, column + window))
+            logits = deeplab.upsample(model(x[place]).float(), (window, window))
             if isinstance(total, int):
-                total = torch.zeros(1, prob.shape[1], height, width, device=x.device)
-            total[..., top : top + protocol.window, left : left + protocol.window] += prob
-            hits[top : top + protocol.window, left : left + protocol.window] += 1
-    return total / hits
+                total = torch.zeros(1, logits.shape[1], *x.shape[-2:], device=x.device)
+            total[place] += logits
+            hits[place] += 1
+    return (total / hits)[..., top : top + height, left : left + width]
 
 
 def _starts(length: int, window: int, stride: float) -> list[int]:
-    step = max(1, int(window * stride))
-    last = max(0, length - window)
+    step = math.ceil(window * stride)
+    last = length - window
     return [*range(0, last, step), last]
 
 

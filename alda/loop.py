@@ -33,7 +33,6 @@ from alda.evaluation import describe, evaluate, pick_device, protocol_of
 from alda.losses import (
     contrastive,
     contrastive_keys,
-    contrastive_sets,
     cross_entropy,
     local_consistency,
     negative_learning,
@@ -51,24 +50,26 @@ from alda.run import Run, batches, mixed_batches, next_batch, prepare, run_folde
 from alda.selftraining import (
     cbst_learning_rate,
     drop_share,
-    entropy,
     mine_patch,
     rare_classes,
     reliable_pseudo_labels,
     source_portion,
     update_teacher,
 )
-from alda.settings import SELF_TRAINING, Settings, parse, settings_for
+from alda.settings import SELF_TRAINING, Settings, parse, poly_length, settings_for
 from alda.stal import (
     StalState,
-    contrastive_masks,
+    contrast_sets,
     cut,
+    draw_others,
     evaluate_both,
     paste,
-    predict_plain,
+    plain_logits,
+    predicted,
     pseudo_label_health,
     step_generator,
     supervised_loss,
+    train_mode,
     unlabelled_loss,
 )
 
@@ -121,7 +122,7 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
             known = None if s.strategy == "full" else known
             target_batches = batches(s, target, step, stream=2, labels_of=known)
 
-        run.set_rate(poly(step, s.poly_steps or round(1.5625 * s.steps)))
+        run.set_rate(poly(step, poly_length(s)))
         source_batch, target_batch = (
             next_batch(source_batches, device),
             next_batch(target_batches, device),
@@ -270,15 +271,15 @@ def round_batches(s: Settings, source, target, rounds: Rounds, number: int, chos
     """Batches of round `number` from its step `step` on: all target images with their
     pseudo-labels, `chosen` source images.
 
-    With --crop, windows are placed around the classes that were predicted most rarely (--mine), in
-    both domains: by reading the official code, which mines its joint list.
+    With --crop, windows of the target are placed around the classes that were predicted most rarely
+    (--mine); those of the source are random, as in CRST's official script.
     """
     record = rounds.record(number)
     rare = rare_classes([c["predicted"] for c in record["classes"].values()])
     at = partial(mine_patch, rare=rare, chance=s.mine) if s.mine else None
     labels_of = partial(pseudo_labels, target, rounds, number)
     views = [
-        TrainingView(source, transform_of(s, 1, at), mix_seed(s.seed, 6, number)),
+        TrainingView(source, transform_of(s, 1), mix_seed(s.seed, 6, number)),
         TrainingView(target, transform_of(s, 2, at), mix_seed(s.seed, 7, number), labels_of),
     ]
     order = np.random.default_rng(mix_seed(s.seed, 8, number)).permutation(len(source))
@@ -329,26 +330,25 @@ def train_source(s: Settings, out: Path, device: torch.device) -> Settings:
 
 def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
     """STAL (ILM-ASSL): mean-teacher self-training, in loops that each begin by asking for whole
-    images.
+    images. Returns the result.
 
-    Loop 1 asks for random images spread over the groups, later loops for the most uncertain ones of
-    the teacher. A loop goes on from the last teacher, or with --restart from --init. Of the paper's
-    text this was not at hand; the official configurations start each of their three trainings from
-    ImageNet weights. Student and teacher are scored, the teacher is reported. Every part can be
-    left out: --unlabelled 0, --contrast 0, --auxiliary 0, --no-copy-paste, --no-cutmix,
-    --no-class-keep, --ohem-threshold 1, --drop 0. Runs on one device or, started by torchrun, on
-    several (SyncBatchNorm on GPUs).
+    Loop 1 asks for random images spread over the groups, later loops for those that the teacher is
+    least sure of. A loop goes on from the last teacher, or with --restart from --init (as the
+    official configurations; of the paper's text this was not at hand). An epoch is a pass over the
+    unlabelled images. Labelled and unlabelled images pass apart, as in the official code: live batch
+    norm never normalises them together. The teacher is reported. What can be left out: --unlabelled
+    0, --contrast 0, --auxiliary 0, --no-copy-paste, --no-cutmix, --no-class-keep, --ohem-threshold 1,
+    --drop 0. Runs on one device or, started by torchrun, on several.
     """
     source, target = open_dataset(s.src, s.root), open_dataset(s.tgt, s.root, "train")
     validation = open_dataset(s.tgt, s.root, "val")
     check_one_size(s)
-    counts = images_due(s, len(target))
     draw_source_images(s, source)
-    # an epoch: the source, as many of the target
-    starts = round_starts(s, [2 * len(source)] * s.rounds)
+    counts = images_due(s, len(target))
+    starts = round_starts(s, [len(target) - asked for asked in np.cumsum(counts).tolist()])
     s = replace(s, steps=starts[-1])
     rounds, run = Rounds(out / "rounds"), Run(s, out, device)
-    state = StalState(s, run, source, target)
+    state = StalState(s, run, target)
     run.parts = state.parts()
     start = run.resume()
     check_complete(rounds, starts[:-1], start)
@@ -357,61 +357,50 @@ def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
         number = bisect_right(starts, step)
         local, length = step - starts[number - 1], starts[number] - starts[number - 1]
         if local == 0:
-            due = rounds.complete() < number
-            barrier()  # every process has looked before the first one writes
-            if due:
-                ask_images(s, run, state.teacher, target, rounds, number, counts[number - 1])
+            ask_images(s, run, state.teacher, target, rounds, number, counts[number - 1])
             if number > 1:
                 state.begin_loop()
         if step == start or local == 0:
-            labelled, unlabelled = loop_batches(s, source, target, rounds, number, local)
+            labelled, pasted, unlabelled = loop_batches(s, source, target, rounds, number, local)
 
         run.set_rate(poly(local, length))
-        others, generator = state.partners.next(step), step_generator(s, step, device)
-        state.partners.draw(state.confidence.value, state.images, generator)
-        images, labels = paste(next_batch(labelled, device), others)
-        n, size, everything, health = len(images), labels.shape[-2:], images, {}
+        generator, confidence = step_generator(s, step, device), state.confidence.value
+        others = draw_others(s, state, step, generator)
+        batch, other = next_batch(labelled, device), next_batch(pasted, device)
+        images, labels = paste(s, batch, other, confidence, generator)
+        L, health = dict.fromkeys(("supervised", "unlabelled", "contrastive"), 0.0), {}
+        with run.autocast():
+            logits, features, auxiliary = run.forward(images, extras=True)
+            prob_l, features_l = train_mode(state.teacher, images)
+        logits = deeplab.upsample(logits.float(), labels.shape[-2:])
+        L["supervised"] = supervised_loss(s, logits, auxiliary, labels)
+        state.confidence.update(logits.detach().softmax(1), labels)
         if unlabelled is not None:
             plain, truth, index = next_batch(unlabelled, device)
-            strong = plain
-            if s.cutmix:
-                prediction = predict_plain(run, state.teacher, plain, truth, others)
-                state.images.update(index, prediction[: len(plain)])
-                strong, truth = cut(plain, truth, prediction, others, generator)
-            everything = torch.cat([images, strong])
-        with run.autocast():
-            logits, features, auxiliary = run.forward(everything, extras=True)
-            # the teacher is in train mode too: its batch norm sees the mixed batch
-            with torch.no_grad():
-                teacher_logits, teacher_features, _ = state.teacher(everything, extras=True)
-        logits = deeplab.upsample(logits.float(), size)
-        L = dict.fromkeys(("supervised", "unlabelled", "contrastive"), 0.0)
-        L["supervised"] = supervised_loss(s, logits[:n], auxiliary, labels)
-        state.confidence.update(logits[:n].detach().softmax(1), labels)
-        if unlabelled is not None:
-            prob = deeplab.upsample(teacher_logits[n:].float(), size).softmax(1)  # (N,C,H,W)
-            inside = truth != IGNORE
-            pseudo = reliable_pseudo_labels(
-                prob, drop_share(local / length, 1.0, s.drop), s.rules, inside
-            )
+            weak = plain_logits(run, state.teacher, plain, others)  # the teacher in eval mode
+            state.images.update(index, predicted(weak, truth))
+            mixed, weak, truth = cut(plain, weak, truth, others, generator)
+            with run.autocast():
+                _, features_u = train_mode(state.teacher, mixed)
+                logits, strong, _ = run.forward(mixed, extras=True)
+            prob, inside = weak.softmax(1), truth != IGNORE
+            drop = drop_share(local, length, s.drop)
+            pseudo = reliable_pseudo_labels(prob, drop, s.rules, inside)
             health = pseudo_label_health(pseudo, truth, inside)
             if s.unlabelled:
-                confidence = state.confidence.value
-                L["unlabelled"] = unlabelled_loss(
-                    s, logits[n:], pseudo, prob, confidence, generator
+                L["unlabelled"] = unlabelled_loss(s, logits, pseudo, prob, state, generator)
+            if s.contrast:
+                features, taught = (
+                    torch.cat([features, strong]),
+                    torch.cat([features_l, features_u]),
                 )
-            if s.contrast and local / length < s.contrast_start:
-                # torchrun: every parameter has a gradient
-                L["contrastive"] = features.float().sum() * 0
-            elif s.contrast:
-                masks = contrastive_masks(
-                    labels, pseudo, entropy(prob), features.shape[-2:], counts=inside
-                )
-                sets = contrastive_sets(teacher_logits.float().softmax(1), *masks, labelled=n)
-                state.bank.add(*contrastive_keys(teacher_features, sets[2], state.bank.most))
-                L["contrastive"] = contrastive(
-                    features, teacher_features, sets, state.bank, generator=generator
-                )
+                sets = contrast_sets(labels, prob_l, pseudo, weak, inside, features.shape[-2:])
+                L["contrastive"] = features.float().sum() * 0  # torchrun wants all gradients
+                if local / length >= s.contrast_start:
+                    state.bank.add(*contrastive_keys(taught, sets[2], state.bank.most))
+                    L["contrastive"] = contrastive(
+                        features, taught, sets, state.bank, generator=generator
+                    )
         # STAL Eq. (1): L = L_s + lambda_u L_u + lambda_c L_c
         total = L["supervised"] + s.unlabelled * L["unlabelled"] + s.contrast * L["contrastive"]
         run.optimizer.zero_grad(set_to_none=True)
@@ -424,13 +413,7 @@ def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
             run.write_metrics({"step": step + 1, **run.scores[-1]})
         if (step + 1) % s.checkpoint_every == 0 or step + 1 == starts[number]:
             run.save(step + 1)
-
-    last = {
-        key: value
-        for key, value in run.scores[-1].items()
-        if key not in ("loop", "asked_images", "share")
-    }
-    return {**last, **report(s, source, target, rounds), "loops": loops_of(run.scores)}
+    return {**result_of_loops(run.scores), **report(s, source, target, rounds)}
 
 
 def draw_source_images(s: Settings, source) -> None:
@@ -471,40 +454,51 @@ def images_due(s: Settings, images: int) -> list[int]:
 
 
 def loop_batches(s: Settings, source, target, rounds: Rounds, number: int, step: int):
-    """(labelled, unlabelled) batches of loop `number` from its step `step` on; None for unlabelled
-    ones that no loss reads.
+    """(labelled, pasted, unlabelled) batches of loop `number` from its step `step` on; None for
+    those that no loss reads.
 
-    Labelled: all source images and the asked target images, these repeated to about as many as the
-    source has. Unlabelled: the other target images, whose truth comes along for the log's accuracy
-    and to know what a crop's padding is.
+    Labelled: all source images and the asked target images, these repeated to as many as stay
+    unlabelled (2,975 - n of Cityscapes), as in STAL's configurations. Pasted: images of the same
+    list, at a scale of their own (0.1 to 2), to copy classes from. Unlabelled: the other target
+    images, whose truth comes along for the log's accuracy and to know what is padding.
     """
     asked = {image for n in range(1, number + 1) for image in rounds.record(n)["images"]}
     known = [i for i, sample in enumerate(target.samples) if sample.id in asked]
     unknown = [i for i, sample in enumerate(target.samples) if sample.id not in asked]
-    bought = partial(bought_labels, target, rounds, number)
+    bought, truth = partial(bought_labels, target, rounds, number), partial(truth_inside, target)
+    seeds = [mix_seed(s.seed, stream, number) for stream in (21, 22, 23, 26, 27)]
+    small = (0.1, 2.0)
     views = [
-        TrainingView(source, transform_of(s, 1), mix_seed(s.seed, 21, number)),
-        TrainingView(target, transform_of(s, 2), mix_seed(s.seed, 22, number), bought),
-        TrainingView(
-            target, transform_of(s, 2), mix_seed(s.seed, 23, number), partial(truth_inside, target)
-        ),
+        TrainingView(source, transform_of(s, 1), seeds[0]),
+        TrainingView(target, transform_of(s, 2), seeds[1], bought),
+        TrainingView(target, transform_of(s, 2), seeds[2], truth),
+        TrainingView(source, transform_of(s, 1, scale=small), seeds[3]),
+        TrainingView(target, transform_of(s, 2, scale=small), seeds[4], bought),
     ]
-    repeats = max(1, round(len(source) / len(known)))
-    entries = [(0, i) for i in range(len(source))] + [(1, i) for i in known] * repeats
+    repeated = [known[i % len(known)] for i in range(len(unknown))]
+    entries = [(0, i) for i in range(len(source))] + [(1, i) for i in repeated]
     labelled = mixed_batches(s, views, entries, step, mix_seed(s.seed, 24, number))
-    if not (s.unlabelled or s.contrast):
-        return labelled, None
-    entries = [(2, i) for i in unknown]
-    return labelled, mixed_batches(s, views, entries, step, mix_seed(s.seed, 25, number))
+    pasted = unlabelled = None
+    if s.copy_paste:
+        entries = [(view + 3, i) for view, i in entries]
+        pasted = mixed_batches(s, views, entries, step, mix_seed(s.seed, 28, number))
+    if s.unlabelled or s.contrast:
+        entries = [(2, i) for i in unknown]
+        unlabelled = mixed_batches(s, views, entries, step, mix_seed(s.seed, 25, number))
+    return labelled, pasted, unlabelled
 
 
-def loops_of(scores: list[dict]) -> list[dict]:
-    """What result.json says of each loop."""
+def result_of_loops(scores: list[dict]) -> dict:
+    """What result.json says: the scores of the last loop, and those of each loop in short."""
     keys = ("loop", "asked_images", "share", "mIoU19")
-    return [
-        {**{k: line[k] for k in keys}, "student mIoU19": line["student"]["mIoU19"]}
-        for line in scores
-    ]
+    loops = []
+    for line in scores:
+        loops.append({key: line[key] for key in keys})
+        loops[-1]["student mIoU19"] = line["student"]["mIoU19"]
+    last = dict(scores[-1])
+    for key in keys[:3]:
+        del last[key]
+    return {**last, "loops": loops}
 
 
 # ----------------------------------------------------------------------------- what the loops share

@@ -88,9 +88,16 @@ def pseudo_schedule(s: Settings, queries: list[int]) -> list[int]:
 
 
 def budget_pixels(s: Settings, sizes: list[tuple[int, int]]) -> int:
-    """How many pixels may be asked of images of these `sizes` (H, W), over all rounds."""
+    """How many pixels may be asked of images of these `sizes` (H, W), over all rounds.
+
+    Pixel queries: --pixels an image. With --rules code the official formula, which scales their
+    number from the training size to the image: 21 a round, 105 in all on Cityscapes, not 40.
+    """
     if s.unit == "pixel" and s.pixels:
-        return s.pixels * len(sizes)
+        if s.rules == "paper":
+            return s.pixels * len(sizes)
+        seen = s.target_hw[0] * s.target_hw[1]
+        return sum(s.rounds * math.ceil(s.pixels / s.rounds / seen * h * w) for h, w in sizes)
     return int(sum(height * width for height, width in sizes) * s.budget)
 
 
@@ -121,12 +128,12 @@ def check_budget(s: Settings, target: SegmentationDataset) -> None:
 
 
 @torch.no_grad()
-def target_logits(s: Settings, run: Run, target, model=None, indices=None, lost=""):
-    """Yields (index, image (3,H,W) uint8, logits (C,H,W) float32 at the image's full size), in eval
-    mode.
+def over_target(s: Settings, run: Run, target, see, model=None, indices=None, lost=""):
+    """Yields (index, image (3,H,W) uint8, see(s, model, image, device) (C,H,W) float32 at the image's
+    full size), the model in eval mode: `see` is `logits_of` or `mirrored_probabilities`.
 
     `model` is the run's unless given (a teacher), `indices` all images unless given. Raises
-    FloatingPointError where a logit is not finite; `lost` is added to the message.
+    FloatingPointError where a value is not finite; `lost` is added to the message.
     """
     model = run.model if model is None else model
     indices = range(len(target)) if indices is None else indices
@@ -135,14 +142,33 @@ def target_logits(s: Settings, run: Run, target, model=None, indices=None, lost=
     images = load(Subset(EachImage(len(target), target.image), indices), s.workers, batch_size=None)
     for index, image in zip(indices, images, strict=True):
         with run.autocast():
-            logits = network_logits(model, image, s.target_hw, run.device)
-        if not logits.isfinite().all():
+            seen = see(s, model, image, run.device)
+        if not seen.isfinite().all():
             raise FloatingPointError(
                 f"{target.samples[index].image}: the network's output is not finite{lost}; "
                 "try a lower --lr"
             )
-        yield index, image, logits
+        yield index, image, seen
     model.train(training)
+
+
+def logits_of(s: Settings, model, image: torch.Tensor, device) -> torch.Tensor:
+    """The network's logits (C,H,W) for an image that it sees at --target-size."""
+    return network_logits(model, image, s.target_hw, device)
+
+
+def mirrored_probabilities(s: Settings, model, image: torch.Tensor, device) -> torch.Tensor:
+    """Probabilities (C,H,W) for pseudo-labels, at --label-scale of --target-size; with --label-flip
+    the mean of the image's and its mirror image's. CRST's official script: 0.9, with the mirror.
+
+    Softmax in float32: in bfloat16 a sure pixel saturates at 1, where CBST's strict rule labels
+    nothing.
+    """
+    size = tuple(max(1, round(length * s.label_scale)) for length in s.target_hw)
+    prob = network_logits(model, image, size, device).softmax(0)
+    if s.label_flip:
+        prob = (prob + network_logits(model, image, size, device, mirror=True).softmax(0)) / 2
+    return prob
 
 
 # ----------------------------------------------------------------------------------- ask for pixels
@@ -180,9 +206,16 @@ def ask_pixels(s: Settings, run: Run, target: SegmentationDataset, rounds: Round
         f"round {number}/{s.rounds}: asked {record['asked']:,} px ({record['regions']:,} of "
         f"{notes['picks_due']:,} picks due, {len(record['images'])} images), labelled "
         f"{record['labelled']:,}, ignored by the truth {record['ignored']:,}, "
-        f"left at {s.target_size} {record['trained']:,} ({time.time() - began:.0f} s)",
+        f"left at {s.target_size} {record['trained']:,}; {notes['share_of_score_0']:.0%} of the picks "
+        f"have score 0 ({time.time() - began:.0f} s)",
         flush=True,
     )
+    if notes["share_of_score_0"] > 0.5:
+        print(
+            f"warning: more than half of the picks of round {number} have score 0: the network sees "
+            "too few classes to tell regions apart; train longer before the first query (--query-steps)",
+            flush=True,
+        )
 
 
 @torch.no_grad()
@@ -194,10 +227,10 @@ def choose(s: Settings, run: Run, target, rounds: Rounds, number: int, records: 
     scores are weighted by what the classes have consumed so far. Scores are taken on the logits at
     the image's full size, in eval mode, one image at a time. A pick blocks the centres within 2k
     (regions) or k (pixels) in this round and, through the pixels asked so far, in all later ones.
+    Equal scores are ranked by `tie_breaks`.
     """
-    dynamic, balance = (
-        s.strategy == "cbda" and s.cbda in (part, "both") for part in ("dynamic", "balance")
-    )
+    cbda = s.cbda if s.strategy == "cbda" else ""
+    dynamic, balance = cbda in ("dynamic", "both"), cbda in ("balance", "both")
     whole = budget_pixels(s, [sample.size for sample in target.samples])
     notes: dict = {"budget_px": whole}
     weights = None
@@ -208,35 +241,55 @@ def choose(s: Settings, run: Run, target, rounds: Rounds, number: int, records: 
     count = regions_due(whole, s, sum(record["asked"] for record in records))  # over all images
     pool = acquisition.GlobalBudget(count)
     block_radius = s.radius if s.unit == "pixel" else 2 * s.radius
-    centres, shown, every = [], {}, math.ceil(len(target) / max(1, s.pictures))
+    centres, scores, shown = {}, {}, {}
+    every = math.ceil(len(target) / max(1, s.pictures))
     notes["picks_due"] = count if dynamic else 0
-    for index, image, logits in target_logits(s, run, target, lost="; nothing was asked"):
+    for index, image, logits in over_target(s, run, target, logits_of, lost="; nothing was asked"):
         sample, prediction = target.samples[index], logits.argmax(0)
-        score = acquisition.SCORES[s.strategy](
-            logits, s.radius, s.unit, mix_seed(s.seed, 3, number, index)
-        )
+        seed = mix_seed(s.seed, 3, number, index)
+        score = acquisition.SCORES[s.strategy](logits, s.radius, s.unit, seed)
         if balance:
             score = acquisition.class_balanced(score, prediction, weights)
             used_up = (weights == 0).to(run.device)[prediction]
             score = score.masked_fill(used_up, -math.inf)
         before = rounds.asked(sample.id, sample.size, number - 1)
         blocked = acquisition.dilate(before.to(run.device), s.radius) if number > 1 else None
-        if dynamic:
-            free = score.masked_fill(score < pool.floor, -math.inf)
-            picked = acquisition.select_regions(free, count, block_radius, blocked)
-            pool.add(index, picked, score[picked[:, 0], picked[:, 1]])
-        else:
+        due = count
+        if not dynamic:
             due = regions_due(budget_pixels(s, [sample.size]), s, int(before.sum()))
-            centres.append(acquisition.select_regions(score, due, block_radius, blocked).cpu())
             notes["picks_due"] += due
+        free = score.masked_fill(score < pool.floor, -math.inf)  # CBDA: what can still win
+        ties = tie_breaks(s, logits, number, index)
+        picked = acquisition.select_regions(free, due, block_radius, blocked, ties)
+        centres[index], scores[index] = picked.cpu(), score[picked[:, 0], picked[:, 1]].cpu()
+        if dynamic:
+            pool.add(index, centres.pop(index), scores.pop(index))
         if s.pictures and index % every == 0:
             panels = {"prediction": prediction.to(torch.uint8).cpu(), "score": score.cpu()}
             shown[index] = {"image": image, **panels}
     if dynamic:
-        picks, nothing = pool.select(), torch.empty(0, 2, dtype=torch.int64)
-        centres = [picks.get(index, nothing) for index in range(len(target))]
+        centres, scores = pool.select(), pool.scores()
         notes["threshold"] = pool.threshold
-    return centres, shown, notes
+    nothing = torch.empty(0, 2, dtype=torch.int64)
+    picks = torch.cat([torch.empty(0), *scores.values()])
+    notes["share_of_score_0"] = (picks == 0).double().mean().item() if len(picks) else 0.0
+    return [centres.get(index, nothing) for index in range(len(target))], shown, notes
+
+
+def tie_breaks(s: Settings, logits: torch.Tensor, number: int, index: int) -> torch.Tensor | None:
+    """What ranks equal scores of an image: the uncertainty of what a pick labels, then a draw by seed,
+    round and image; (2,H,W) float32. None with --rules code: the official order, from the left.
+
+    A flat prediction has impurity 0, and so score 0, everywhere: on real photographs a first round
+    that follows the official order lies in the two leftmost columns.
+    """
+    if s.rules == "code":
+        return None
+    uncertainty = acquisition.entropy_score(logits, 0 if s.unit == "pixel" else s.radius)
+    seed = mix_seed(s.seed, 4, number, index)
+    return torch.stack(
+        [uncertainty, acquisition.random_score(logits.shape[-2:], seed, logits.device)]
+    )
 
 
 # ----------------------------------------------------------------------------------- ask for images
@@ -246,7 +299,7 @@ def ask_images(
     s: Settings, run: Run, teacher, target, rounds: Rounds, number: int, count: int
 ) -> None:
     """STAL's query: `count` whole images, the most uncertain of each group; stores them as round
-    `number`.
+    `number`, unless that is complete.
 
     The groups (cities, conditions) are asked in proportion to their remaining images, see
     acquisition.split_by_group. The first round, and all with --image-queries random, take random
@@ -254,6 +307,10 @@ def ask_images(
     each process scores its share of the images.
     """
     began = time.time()
+    due = rounds.complete() < number
+    barrier()  # every process has looked before the first one writes
+    if not due:
+        return
     taken = {image for n in range(1, number) for image in rounds.record(n)["images"]}
     left = [i for i, sample in enumerate(target.samples) if sample.id not in taken]
     if number > 1 and s.image_queries == "uncertainty":
@@ -294,7 +351,7 @@ def uncertainty_of_images(s: Settings, run: Run, teacher, target, left: list[int
     rank, world = rank_and_world()
     broadcast_buffers(teacher)
     score, shown = torch.zeros(len(target), dtype=torch.float64), {}
-    for index, image, logits in target_logits(s, run, target, teacher, left[rank::world]):
+    for index, image, logits in over_target(s, run, target, logits_of, teacher, left[rank::world]):
         prob = logits.softmax(0)
         score[index] = acquisition.image_uncertainty(prob)
         panels = {
@@ -339,8 +396,7 @@ def label_target(
     """
     began = time.time()
     histogram = ConfidenceHistogram(NUM_CLASSES, run.device)
-    for _, _, logits in target_logits(s, run, target):
-        prob = logits.softmax(0)
+    for _, _, prob in over_target(s, run, target, mirrored_probabilities):
         histogram.add(prob, at_size(prior, prob))
     portion = target_portion(number - 1, s.portion, s.portion_step, s.portion_max)
     thresholds = histogram.thresholds(portion, balanced=kind != "st")
@@ -348,10 +404,8 @@ def label_target(
     folder = run.out / "pictures" / f"pseudo-{number:02d}"
     total = dict.fromkeys(("labelled", "judged", "correct", "truth", "covered"), 0)
     every = -(-len(target) // max(1, s.pictures))
-    for index, image, logits in target_logits(s, run, target):
-        # float32: in bfloat16 a sure pixel saturates at 1, where the paper's strict rule labels
-        # nothing
-        sample, prob = target.samples[index], logits.softmax(0)
+    for index, image, prob in over_target(s, run, target, mirrored_probabilities):
+        sample = target.samples[index]
         labels = cbst_pseudo_labels(prob, thresholds, at_size(prior, prob), s.rules).cpu()
         if bought is not None:
             labels = labels.masked_fill(bought(index) != IGNORE, IGNORE)

@@ -67,13 +67,15 @@ def batches(s, dataset: SegmentationDataset, step: int, stream: int, labels_of):
     )
 
 
-def transform_of(s, stream: int, crop_at=None) -> JointTransform:
+def transform_of(s, stream: int, crop_at=None, scale=None) -> JointTransform:
     """The training transform of the source (`stream` 1) or the target (2); `crop_at` see
-    JointTransform."""
+    JointTransform; `scale` replaces --scale."""
     return JointTransform(
         size=s.source_hw if stream == 1 else s.target_hw,
-        scale=s.scale_range,
+        scale=scale or s.scale_range,
+        halves=s.strategy == "stal",
         crop=s.crop_hw,
+        centred=s.strategy == "stal",
         flip=s.flip,
         keep_labels=stream == 2 and s.keep_labels,
         crop_at=crop_at,
@@ -132,7 +134,9 @@ class Run:
             if device.type == "cuda":
                 self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
             ids = [device.index] if device.type == "cuda" else None
-            self.forward = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+            self.forward = torch.nn.parallel.DistributedDataParallel(
+                self.model, device_ids=ids, broadcast_buffers=False
+            )
         self.optimizer = torch.optim.SGD(
             deeplab.parameter_groups(self.model, s.lr),
             lr=s.lr,

@@ -35,27 +35,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from alda import IGNORE, deeplab
-from alda.datasets import (
-    NUM_CLASSES,
-    SegmentationDataset,
-    TrainingView,
-    class_presence,
-    mix_seed,
-    truth_inside,
-)
+from alda.acquisition import entropy
+from alda.datasets import NUM_CLASSES, SegmentationDataset, TrainingView, mix_seed, truth_inside
 from alda.distributed import all_reduce, broadcast_buffers, rank_and_world
 from alda.evaluation import evaluate
-from alda.losses import MemoryBank, ohem_cross_entropy, weighted_consistency
+from alda.losses import MemoryBank, contrastive_sets, ohem_cross_entropy, weighted_consistency
 from alda.run import Run, transform_of
 from alda.selftraining import percentile
 from alda.settings import Settings
 
 # the official list for copy-paste: all train ids but road, sidewalk, building, vegetation and sky
+PASTED = 3  # classes that a batch gets by copy-paste
 COPY_PASTE_CLASSES = tuple(c for c in range(19) if c not in (0, 1, 2, 8, 10))
 
 
@@ -147,9 +141,17 @@ def copy_paste(
     """
     # (N,H,W,1) == (k,) -> (N,H,W,k) -> (N,H,W)
     pasted = (other_labels[..., None] == classes).any(-1)
-    return torch.where(pasted[:, None], other_images, images), torch.where(
-        pasted, other_labels, labels
-    )
+    images = torch.where(pasted[:, None], other_images, images)
+    return images, torch.where(pasted, other_labels, labels)
+
+
+def draw_several(chances: torch.Tensor, number: int, u: torch.Tensor) -> torch.Tensor:
+    """Draws `number` different places by `chances` (C,) from u (C,) in [0,1): (number,) int64.
+
+    The largest log p_c - log(-log u_c) (Gumbel): as drawing one after the other without replacement.
+    """
+    gumbel = -(-u.double().clamp(min=1e-300).log()).log()
+    return (chances.double().log() + gumbel).topk(number).indices
 
 
 class ImageBank:
@@ -171,7 +173,7 @@ class ImageBank:
         self.share[:, index] = area / prediction[0].numel()
 
     def draw(
-        self, chances: torch.Tensor, u: torch.Tensor, least: float = 1e-4
+        self, chances: torch.Tensor, u: torch.Tensor, least: float = 0.01
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A class by `chances` (C,) and an image with at least the share `least` of it (any image
         if none has), u (2,).
@@ -205,8 +207,7 @@ def class_box(
     prediction: torch.Tensor,
     c: torch.Tensor | int,
     u: torch.Tensor,
-    least: float = 1e-4,
-    share: float | None = 0.5,
+    least: float = 0.005,
     stride: int = 4,
     sweeps: int = 16,
 ) -> torch.Tensor:
@@ -215,31 +216,23 @@ def class_box(
 
     The patch is the connected component (8 neighbours) of a random pixel of the class (u[0]),
     searched on every `stride`-th pixel by `sweeps` sweeps along rows and columns: a maze with more
-    turns is cut. Its bounding box is then grown or shrunk to `share` of the image (None leaves it):
-    height by u[1], place by u[2], u[3], always holding the patch's box or held by it. Where the
-    class is absent or its patch has no more than the share `least`, the start is the whole image:
-    with 0.5 that is plain CutMix. The official code draws a component uniformly (here: by area),
-    tries the next if it is too small, and sizes boxes by other formulas towards the same half of
-    the image; its area is H squared.
+    turns is cut. The box is its bounding box, as in STAL's configurations. Where the class is absent
+    or its patch has no more than the share `least` of the image, the box is a half of the image of
+    random shape (u[1]) and place (u[2], u[3]), plain CutMix. The official code draws a component
+    uniformly (here: by area) and tries the next if it is too small.
     """
     height, width = prediction.shape
     grid = prediction[::stride, ::stride] == c
-    start = (torch.arange(grid.numel(), device=grid.device) == nth(grid.flatten(), u[0])).view_as(
-        grid
-    ) & grid
+    cells = torch.arange(grid.numel(), device=grid.device)
+    start = (cells == nth(grid.flatten(), u[0])).view_as(grid) & grid
     patch = component(grid, start, sweeps)
     found = patch.sum() > least * grid.numel()
-    y0, y1 = extent(patch.any(1) | ~found, stride, height)
-    x0, x1 = extent(patch.any(0) | ~found, stride, width)
-    size = 0.5 if share is None else share
-    # h' = h (s H W / (h w))^u, w' = s H W / h', within the image
-    tall = ((y1 - y0) * (size * height * width / ((y1 - y0) * (x1 - x0))) ** u[1]).clamp(
-        size * height, height
-    )
-    a0, a1 = place(y0, y1, tall, height, u[2])
-    b0, b1 = place(x0, x1, size * height * width / tall, width, u[3])
-    box = torch.stack([a0, b0, a1, b1])
-    return box if share is not None else torch.where(found, torch.stack([y0, x0, y1, x1]), box)
+    y0, y1 = extent(patch.any(1), stride, height)
+    x0, x1 = extent(patch.any(0), stride, width)
+    tall = height * 0.5 ** u[1]  # from the whole height to half of it; the width makes up for it
+    a0, a1 = place(tall, height, u[2])
+    b0, b1 = place(height * width / 2 / tall, width, u[3])
+    return torch.where(found, torch.stack([y0, x0, y1, x1]), torch.stack([a0, b0, a1, b1]))
 
 
 def extent(filled: torch.Tensor, stride: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,15 +243,10 @@ def extent(filled: torch.Tensor, stride: int, length: int) -> tuple[torch.Tensor
     return first * stride, (last * stride + stride).clamp(max=length)
 
 
-def place(
-    first: torch.Tensor, last: torch.Tensor, size: torch.Tensor, length: int, u: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """An interval of `size` that holds first..last, or lies in it if it is shorter, within
-    0..length; u says which."""
+def place(size: torch.Tensor, length: int, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """An interval of `size` within 0..length, from the first place (u = 0) to the last (u = 1)."""
     size = size.round().clamp(min=1).long()
-    low = first.minimum(last - size).clamp(min=0)
-    high = first.maximum(last - size).minimum(length - size)
-    begin = (low + (high - low) * u).round().long()
+    begin = ((length - size) * u).round().long()
     return begin, begin + size
 
 
@@ -287,119 +275,76 @@ def cutmix(own: torch.Tensor, other: torch.Tensor, boxes: torch.Tensor) -> torch
 
 # ----------------------------------------------------------------------------- images to mix in
 
-PASTE, CUT = 0, 1  # what a drawn row is for
-
 
 class Others(NamedTuple):
-    """Images to mix in, on the device."""
+    """Images to cut from, on the device."""
 
     images: torch.Tensor  # (N,3,H,W) float32
-    # (N,H,W) uint8; for CUT datasets.truth_inside: read for the log, and to know what is outside
-    labels: torch.Tensor
+    truth: torch.Tensor  # (N,H,W) uint8, datasets.truth_inside: for the log, and where padding is
     classes: torch.Tensor  # (N,) int64, the drawn classes
 
 
 class Partners:
-    """For each image of a batch another one, which holds a class drawn by its weakness.
+    """For each unlabelled image of a batch another one to cut a box from: a target image that the
+    image bank says to hold a class drawn by its weakness.
 
-    PASTE: a labelled source image, whose pixels of the class are pasted onto a labelled image. CUT:
-    a target image that the image bank says to hold the class, of which a box is cut into an
-    unlabelled image. `--no-copy-paste` and `--no-cutmix` leave them out. With a checkpoint of
-    `state_dict()` a resumed run mixes the same images.
+    With a checkpoint of `state_dict()` a resumed run mixes the same images.
     """
 
-    def __init__(
-        self,
-        s: Settings,
-        source: SegmentationDataset,
-        target: SegmentationDataset,
-        device: torch.device,
-    ):
+    def __init__(self, s: Settings, target: SegmentationDataset, device: torch.device):
         self.s, self.device, self.rank = s, device, rank_and_world()[0]
-        seeds = [mix_seed(s.seed, 30, kind, self.rank) for kind in (PASTE, CUT)]
-        self.views = [
-            TrainingView(source, transform_of(s, 1), seeds[PASTE]),
-            TrainingView(target, transform_of(s, 2), seeds[CUT], partial(truth_inside, target)),
-        ]
-        self.presence = (
-            class_presence(source, s.workers) if s.copy_paste else np.zeros((1, NUM_CLASSES), bool)
-        )
-        self.classes = torch.tensor(COPY_PASTE_CLASSES, device=device)
-        self.held = torch.from_numpy(self.presence.any(0)).to(device)[self.classes].float()
-        self.kinds = [PASTE] * (s.copy_paste and bool(self.held.any())) + [CUT] * (
-            s.cutmix and s.unlabelled + s.contrast > 0
-        )
+        seed = mix_seed(s.seed, 30, self.rank)
+        self.view = TrainingView(target, transform_of(s, 2), seed, partial(truth_inside, target))
         self.pool = ThreadPoolExecutor(max(1, s.workers))
         self.reset()
 
     def reset(self) -> None:
         """Forgets what was drawn: the next two steps mix nothing."""
-        self.drawn: torch.Tensor | None = None  # (rows, 2) of the last step, on its way to the host
+        self.drawn: torch.Tensor | None = None  # (N,2) of the last step, on its way to the host
         self.arrived: torch.cuda.Event | None = None
-        self.asked: tuple[torch.Tensor, int] | None = (
-            None  # rows whose images are being loaded; the step that asked
-        )
+        # rows whose images are being loaded; the step that asked
+        self.asked: tuple[torch.Tensor, int] | None = None
         self.loading: list[Future] = []  # one for each row
 
     def draw(self, confidence: torch.Tensor, bank: ImageBank, generator: torch.Generator) -> None:
-        """Draws a row (class, image) for each image, by the classes' confidence (C,); reads nothing
-        from the device."""
-        rows = []
-        for kind in self.kinds:
-            u = torch.rand(self.s.batch, 2, generator=generator, device=self.device)
-            # the image is chosen when the row is read, from those that hold the class
-            if kind == PASTE:
-                chances = class_chances(confidence[self.classes], power=0.5) * self.held
-                classes = self.classes[draw(chances / chances.sum(), u[:, 0])]
-                rows += [torch.stack([classes, classes], 1)]
-            else:
-                chances = class_chances(confidence)
-                rows += [torch.stack([torch.stack(bank.draw(chances, one)) for one in u])]
-        if rows:
-            rows = torch.cat(rows)
-            self.drawn = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda).copy_(
-                rows, non_blocking=True
-            )
-            if rows.is_cuda:
-                self.arrived = torch.cuda.Event()
-                self.arrived.record()
+        """Draws a row (class, image) for each image of a batch, by the classes' confidence (C,);
+        reads nothing from the device."""
+        u = torch.rand(self.s.batch, 2, generator=generator, device=self.device)
+        chances = class_chances(confidence)
+        rows = torch.stack([torch.stack(bank.draw(chances, one)) for one in u])
+        self.drawn = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
+        self.drawn.copy_(rows, non_blocking=True)
+        if rows.is_cuda:
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
 
-    def next(self, step: int) -> dict[int, Others]:
-        """The images that were drawn two steps ago, by kind; starts loading those of the last
-        step."""
+    def next(self, step: int) -> Others | None:
+        """The images that were drawn two steps ago (None in the first two steps); starts loading
+        those of the last step."""
         ready, self.loading, self.asked = self.loading, [], None
         if self.drawn is not None:
             self._start(self._read(), step)
-        found = {}
-        for place, kind in enumerate(self.kinds if ready else ()):
-            rows = [
-                future.result()
-                for future in ready[place * self.s.batch : (place + 1) * self.s.batch]
-            ]
-            batch = [torch.stack(part) for part in zip(*rows, strict=True)]
-            if self.device.type == "cuda":
-                batch = [x.pin_memory() for x in batch]
-            found[kind] = Others(*(x.to(self.device, non_blocking=True) for x in batch))
-        return found
+        if not ready:
+            return None
+        batch = [torch.stack(part) for part in zip(*(row.result() for row in ready), strict=True)]
+        if self.device.type == "cuda":
+            batch = [x.pin_memory() for x in batch]
+        return Others(*(x.to(self.device, non_blocking=True) for x in batch))
 
     def _read(self) -> torch.Tensor:
         if self.arrived is not None:
-            self.arrived.synchronize()  # waits until the device has begun the step that drew, not until it has done it
+            # until the device has begun the step that drew, not until it has done it
+            self.arrived.synchronize()
         return self.drawn
 
     def _start(self, rows: torch.Tensor, step: int) -> None:
         self.asked = (rows.clone(), step)
-        self.loading = [
-            self.pool.submit(self._load, i, *row, step) for i, row in enumerate(rows.tolist())
-        ]
+        draws = [(step * self.s.batch + n, *row) for n, row in enumerate(rows.tolist())]
+        self.loading = [self.pool.submit(self._load, *row) for row in draws]
 
-    def _load(self, i: int, c: int, index: int, step: int) -> tuple[torch.Tensor, ...]:
-        """In a thread: image, labels and class of row `i`."""
-        kind, n = self.kinds[i // self.s.batch], i % self.s.batch
-        if kind == PASTE:
-            rng = np.random.default_rng(mix_seed(self.s.seed, 31, self.rank, step, n))
-            index = int(rng.choice(np.flatnonzero(self.presence[:, c])))
-        return (*self.views[kind][step * self.s.batch + n, index], torch.tensor(c))
+    def _load(self, draw: int, c: int, index: int) -> tuple[torch.Tensor, ...]:
+        """In a thread: image, truth and class of a row."""
+        return (*self.view[draw, index], torch.tensor(c))
 
     def state_dict(self) -> dict:
         """What the next two steps depend on."""
@@ -452,12 +397,12 @@ class StalState:
     """What STAL keeps beside the student: `teacher`, `confidence` (ConfidenceBank), `images`
     (ImageBank), `partners` (Partners) and, with --contrast, `bank` (MemoryBank, else None)."""
 
-    def __init__(self, s: Settings, run: Run, source, target):
+    def __init__(self, s: Settings, run: Run, target):
         self.s, self.run = s, run
         self.teacher = copy.deepcopy(run.model).requires_grad_(False)
         self.confidence = ConfidenceBank(NUM_CLASSES, device=run.device)
         self.images = ImageBank(NUM_CLASSES, len(target), device=run.device)
-        self.partners = Partners(s, source, target, run.device)
+        self.partners = Partners(s, target, run.device)
         self.bank = None
         if s.contrast:
             self.bank = MemoryBank(NUM_CLASSES, 256, s.bank, s.bank * 5 // 3, run.device)
@@ -504,62 +449,106 @@ def supervised_loss(s: Settings, logits, auxiliary, labels) -> torch.Tensor:
     loss = ohem_cross_entropy(logits, labels, s.ohem_threshold, s.ohem_pixels)
     if auxiliary is None:
         return loss
-    auxiliary = deeplab.upsample(auxiliary[: len(labels)].float(), labels.shape[-2:])
+    auxiliary = deeplab.upsample(auxiliary.float(), labels.shape[-2:])
     extra = ohem_cross_entropy(auxiliary, labels, s.ohem_threshold, s.ohem_pixels)
     return loss + s.auxiliary * extra
 
 
-def unlabelled_loss(s: Settings, logits, pseudo, prob, confidence, generator) -> torch.Tensor:
+def unlabelled_loss(s: Settings, logits, pseudo, prob, state, generator) -> torch.Tensor:
     """L_u: with --rules code weighted by the teacher's confidence^2; --class-keep thins the classes
     that are easy by now.
 
-    `logits` (N,C,H,W) the student's, `pseudo` (N,H,W), `prob` (N,C,H,W) the teacher's, `confidence`
-    (C,).
+    `logits` (N,C,h,w) the student's, `pseudo` (N,H,W), `prob` (N,C,H,W) the teacher's.
     """
+    logits = deeplab.upsample(logits.float(), pseudo.shape[-2:])
     keep = None
     if s.class_keep:
         u = torch.rand(pseudo.shape, generator=generator, device=pseudo.device)
-        keep = keep_by_class(logits.argmax(1), confidence, u)
+        keep = keep_by_class(logits.argmax(1), state.confidence.value, u)
     gamma = 2.0 if s.rules == "code" else 0.0
     return weighted_consistency(logits, pseudo, prob.amax(1), gamma, keep)
 
 
-def paste(batch: list[torch.Tensor], others: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and labels of a labelled batch, with the drawn classes of its partners pasted over
-    them.
+def contrast_sets(labels, labelled_logits, pseudo, weak, inside, size):
+    """The sets of `losses.contrastive_sets` for the labelled and, behind them, the unlabelled images,
+    at the features' `size` (h, w).
 
-    As in the official code, every image gets all classes that were drawn for the batch.
+    `labels` (N,H,W) with the teacher's logits (N,C,h,w); `pseudo` (N,H,W) with its logits `weak`
+    (N,C,H,W) on the plain images, cut as the images were; `inside` (N,H,W) bool.
+    """
+    uncertainty = entropy(weak.softmax(1))
+    masks = contrastive_masks(labels, pseudo, uncertainty, size, counts=inside)
+    logits = torch.cat([labelled_logits.float(), deeplab.upsample(weak, size)])
+    return contrastive_sets(logits.softmax(1), *masks, labelled=len(labels))
+
+
+def draw_others(s: Settings, state: StalState, step: int, generator) -> Others | None:
+    """The images to cut from in this step; draws those of two steps later. None without CutMix."""
+    if not s.cutmix or not (s.unlabelled or s.contrast):
+        return None
+    others = state.partners.next(step)
+    state.partners.draw(state.confidence.value, state.images, generator)
+    return others
+
+
+def predicted(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """The classes of the first images (N,H,W), 255 in a crop's padding: logits (N or 2N,C,H,W)."""
+    return logits[: len(truth)].argmax(1).masked_fill(truth == IGNORE, IGNORE)
+
+
+def paste(s: Settings, batch: list, others: list | None, confidence, generator):
+    """Images and labels of a labelled batch, three classes of another image pasted over half of them.
+
+    `batch` and `others` are [images (N,3,H,W), labels (N,H,W), ...]; the classes are drawn for the
+    batch, by their `confidence` (C,), among COPY_PASTE_CLASSES. AEL, as STAL's configurations.
     """
     images, labels = batch[:2]
-    return copy_paste(images, labels, *others[PASTE]) if PASTE in others else (images, labels)
+    if others is None:
+        return images, labels
+    device = images.device
+    u = torch.rand(len(images) + len(COPY_PASTE_CLASSES), generator=generator, device=device)
+    allowed = torch.tensor(COPY_PASTE_CLASSES).to(device, non_blocking=True)
+    chances = class_chances(confidence[allowed], power=0.5)
+    classes = allowed[draw_several(chances, PASTED, u[len(images) :])]
+    left_out = (u[: len(images)] >= 0.5)[:, None, None]
+    other_labels = others[1].masked_fill(left_out, IGNORE)
+    return copy_paste(images, labels, others[0], other_labels, classes)
 
 
 @torch.no_grad()
-def predict_plain(run: Run, teacher, images, truth, others: dict) -> torch.Tensor:
-    """The teacher's prediction, in eval mode, for the plain unlabelled images (N,3,H,W) and, behind
-    them, for the images they are to be mixed with: (N,H,W) or (2N,H,W), 255 in a crop's padding."""
-    if CUT in others:
-        images = torch.cat([images, others[CUT].images])
-        truth = torch.cat([truth, others[CUT].labels])
+def plain_logits(run: Run, teacher, images, others: Others | None) -> torch.Tensor:
+    """The teacher's logits, in eval mode, for the plain unlabelled images (N,3,H,W) and, behind them,
+    for the images they are to be mixed with: (N,C,H,W) or (2N,C,H,W) float32 at the images' size."""
+    if others is not None:
+        images = torch.cat([images, others.images])
     teacher.eval()
     with run.autocast():
         logits = teacher(images)
     teacher.train()
-    prediction = deeplab.upsample(logits.float(), images.shape[-2:]).argmax(1)
-    return prediction.masked_fill(truth == IGNORE, IGNORE)
+    return deeplab.upsample(logits.float(), images.shape[-2:])
 
 
-def cut(images, truth, prediction, others: dict, generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adaptive CutMix of an unlabelled batch: boxes around the drawn class of each other image, cut
-    into `images` (N,3,H,W) and `truth` (N,H,W); `prediction` (2N,H,W) is that of
-    `predict_plain`."""
-    if CUT not in others:
-        return images, truth
-    other, n = others[CUT], len(images)
+@torch.no_grad()
+def train_mode(teacher, images) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(logits (N,C,h,w), features (N,K,h,w) or None) of the teacher in train mode: its batch norm
+    normalises these images alone and keeps its own running statistics."""
+    logits, features, _ = teacher(images, extras=True)
+    return logits, features
+
+
+def cut(images, logits, truth, others: Others | None, generator):
+    """Adaptive CutMix of an unlabelled batch: boxes around the drawn class of each other image are
+    cut into `images` (N,3,H,W), into the teacher's `logits` (of `plain_logits`) and `truth` (N,H,W)."""
+    if others is None:
+        return images, logits, truth
+    n = len(images)
+    own, other = logits[:n], logits[n:]
+    prediction = other.argmax(1).masked_fill(others.truth == IGNORE, IGNORE)
     u = torch.rand(n, 4, generator=generator, device=images.device)
-    boxes = [class_box(prediction[n + i], other.classes[i], u[i]) for i in range(n)]
+    boxes = [class_box(prediction[i], others.classes[i], u[i]) for i in range(n)]
     boxes = torch.stack(boxes)
-    return cutmix(images, other.images, boxes), cutmix(truth, other.labels, boxes)
+    mixed = cutmix(images, others.images, boxes), cutmix(own, other, boxes)
+    return *mixed, cutmix(truth, others.truth, boxes)
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Label spaces, readers, transforms and samplers."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -333,16 +335,31 @@ def test_processes_share_the_draws(position):
     assert sorted(draw for share in shares for draw in share) == take(start(0, 1), 30)
 
 
-def test_balanced_order_draws_rare_classes_more_often_and_no_image_twice():
-    rng = np.random.default_rng(0)
-    presence = np.zeros((400, 3), bool)
-    presence[:, 0] = True
-    presence[:40, 1] = True
-    presence[:8, 2] = True
-    order = D.balanced_order(presence, rng, sub_epoch=60)
-    assert len(order) == len(set(order.tolist())) == 60
-    assert (order < 8).sum() == 8  # uniform would give about 1
-    assert len(D.balanced_order(presence, rng)) == 400
+def test_balanced_order_settles_where_its_rule_does():
+    """Class 0 is in all images, class 1 in 2 %. The share x of drawn images that hold class 1 settles
+    where x = q + (1 - q) 0.02, q the chance of drawing class 1 when it has x / (1 + x) of the counts."""
+    presence = np.zeros((1000, 2), bool)
+    presence[:, 0], presence[:20, 1] = True, True
+    x = 0.5
+    for _ in range(200):
+        rare, common = (1 / math.log(1.01 + share) for share in (x / (1 + x), 1 / (1 + x)))
+        q = rare / (rare + common)
+        x = q + (1 - q) * 0.02
+    orders = [D.balanced_order(presence, np.random.default_rng(seed)) for seed in range(4)]
+    found = [float((order < 20).mean()) for order in orders]
+    print(f"share of images with the rare class: drawn {found}, by the rule {x:.3f}")
+    assert np.mean(found) == pytest.approx(x, abs=0.02) and x > 0.3
+    assert all(len(order) == 3000 for order in orders)
+
+
+def test_balanced_order_walks_each_class_list_to_its_end_before_it_repeats():
+    presence = np.zeros((30, 3), bool)
+    presence[:10, 0] = presence[10:30, 1] = True  # no image holds class 2
+    order = D.balanced_order(presence, np.random.default_rng(0), sub_epoch=300)
+    for images, length in ((order[order < 10], 10), (order[order >= 10], 20)):
+        for begin in range(0, len(images) - length + 1, length):
+            assert len(set(images[begin : begin + length].tolist())) == length
+    assert abs((order < 10).sum() - 150) < 25  # two classes that never meet are drawn alike
 
 
 def test_views_give_the_same_bits_with_any_number_of_workers(tmp_path):

@@ -37,9 +37,10 @@ def test_iou_equals_the_recorded_official_counts():
     )
     assert matrix.diagonal().tolist() == golden["inter_np"].tolist()
     assert matrix.sum(1).tolist() == golden["target_np"].tolist()
-    union = golden["union_np"]
     found = E.iou(matrix)
-    present = union > 0
+    present = (
+        golden["target_np"] > 0
+    )  # classes of the truth; the official code counts the others as 0
     gap = np.abs(found.numpy()[present] - golden["iou_class"][present]).max()
     print(f"IoU: max gap {gap:.2e}")
     assert gap < 1e-9 and found.isnan().numpy().tolist() == (~present).tolist()
@@ -60,12 +61,13 @@ def test_absent_classes_are_left_out_and_listed():
     # road 30/40, terrain predicted only: 0/10, wall 1
     matrix[0, 0], matrix[0, 9], matrix[3, 3] = (30, 10, 20)
     result = E.summary(matrix)
-    assert result["mIoU19"] == pytest.approx((0.75 + 0 + 1) / 3)
-    assert result["mIoU16"] == pytest.approx((0.75 + 1) / 2) and result["mIoU13"] == pytest.approx(
-        0.75
-    )
-    assert result["lowest"] == {"class": "terrain", "IoU": 0.0} and len(result["absent"]) == 16
-    assert result["IoU"]["train"] is None and "left out as absent: sidewalk" in E.describe(result)
+    assert result["mIoU19"] == pytest.approx((0.75 + 1) / 2) and result["classes19"] == 2
+    assert result["mIoU16"] == pytest.approx((0.75 + 1) / 2) and result["classes16"] == 2
+    assert result["mIoU13"] == pytest.approx(0.75) and result["classes13"] == 1
+    assert result["lowest"] == {"class": "road", "IoU": 0.75} and len(result["absent"]) == 17
+    assert result["IoU"]["train"] is None and result["IoU"]["terrain"] is None
+    text = E.describe(result)
+    assert "left out as absent: sidewalk" in text and "mIoU19 87.50 over 2 classes" in text
     assert E.summary(torch.zeros(19, 19, dtype=torch.int64))["mIoU19"] is None
 
 
@@ -86,8 +88,53 @@ def test_sliding_windows_cover_every_pixel_and_agree_with_one_pass(window, strid
         Echo(), image, E.Protocol("sliding", window=window, stride=stride), "cpu"
     )
     assert (tiles - whole).abs().max() < 1e-6
-    starts = E._starts(19, window, stride)
-    assert starts[0] == 0 and (window >= 19 or starts[-1] == 19 - window)
+    starts = E._starts(max(19, window), window, stride)
+    assert starts[0] == 0 and starts[-1] == max(19, window) - window
+
+
+def test_sliding_averages_logits_and_pads_small_images():
+    """Two windows of 8 on a row of 12, stride ceil(8 * 2/3) = 6 (but the last one ends at the border):
+    where both see a pixel, their logits are averaged, not their probabilities."""
+
+    class Window(torch.nn.Module):
+        """Logits 0 and 1, 4, ... by the order of the windows: which window said what can be seen."""
+
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def forward(self, x):
+            self.seen.append(x)
+            logits = torch.zeros(1, 2, *x.shape[-2:])
+            logits[:, 1] = 3.0 * len(self.seen) - 2
+            return logits
+
+    model = Window()
+    image = torch.full((3, 8, 12), 200, dtype=torch.uint8)
+    prob = E.predict_prob(model, image, E.Protocol("sliding", window=8), "cpu")
+    expected = torch.tensor([1.0] * 4 + [2.5] * 4 + [4.0] * 4).sigmoid()
+    torch.testing.assert_close(prob[1, 0], expected)
+    assert E._starts(2048, 769, 2 / 3) == [0, 513, 1026, 1279]  # stride 513, not 512
+
+    model = Window()
+    E.predict_prob(model, image[:, :5, :4], E.Protocol("sliding", window=8), "cpu")
+    (x,) = model.seen
+    inside = torch.zeros(8, 8, dtype=torch.bool)
+    inside[1:6, 2:6] = True  # 3 rows and 4 columns are missing: 1 above, 2 below, 2 on either side
+    assert ((x[0, 0] != 0) == inside).all()
+
+
+def test_a_prediction_that_is_not_finite_is_never_a_score():
+    for bad in (torch.nan, torch.inf):
+        image = torch.full((3, 4, 4), 7, dtype=torch.uint8)
+
+        class Lost(torch.nn.Module):
+            def forward(self, x, bad=bad):
+                return x * bad
+
+        for protocol in (E.Protocol("whole"), E.Protocol("sliding", window=3)):
+            with pytest.raises(E.InputError, match="not finite"):
+                E.predict_prob(Lost(), image, protocol, "cpu")
 
 
 def test_flip_averages_the_mirror_image():
@@ -109,7 +156,7 @@ def test_protocols_say_what_they_did():
     assert str(E.PROTOCOLS["ripu"]) == "ripu (1280x640, flip, scored at label size)"
     assert (
         str(E.PROTOCOLS["sliding"])
-        == "sliding (full resolution, window 769 stride 0.67, no flip, scored at label size)"
+        == "sliding (full resolution, window 769 stride 513, no flip, scored at label size)"
     )
     assert "160x80" in str(E.protocol_named("ripu", size=(80, 160)))
 
