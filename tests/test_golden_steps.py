@@ -178,10 +178,7 @@ def optimizer_watch(monkeypatch):
 
     backward = torch.Tensor.backward
     monkeypatch.setattr(torch.Tensor, "backward", counted)
-    handles = [
-        register_optimizer_step_pre_hook(before),
-        register_optimizer_step_post_hook(after),
-    ]
+    handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
     yield watch
     for handle in handles:
         handle.remove()
