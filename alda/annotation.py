@@ -1,5 +1,4 @@
-"""Rounds on disk, the oracle, the ledger, readers of labels. Who answers, and where do the answers
-live?
+"""Rounds on disk, oracle, ledger, readers of labels. Who answers, and where do answers live?
 
     from alda.annotation import Rounds, bought_labels, ground_truth
     rounds = Rounds(out / "rounds")
@@ -24,7 +23,7 @@ import torch
 from PIL import Image
 
 from alda import IGNORE, InputError
-from alda.datasets import NAMES, NUM_CLASSES, PSEUDO, SegmentationDataset, resize_labels
+from alda.datasets import NAMES, PSEUDO, SegmentationDataset, resize_labels
 
 
 def ground_truth(dataset: SegmentationDataset, index: int):
@@ -47,10 +46,11 @@ def ground_truth(dataset: SegmentationDataset, index: int):
 
 
 class Rounds:
-    """The rounds of a run, of queries or of pseudo-labels, on disk below `folder`."""
+    """The rounds of a run, of queries or of pseudo-labels, on disk below `folder`; `names` of the
+    classes that the ledger counts."""
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, names: tuple[str, ...] = NAMES):
+        self.folder, self.names = Path(folder), tuple(names)
 
     def complete(self) -> int:
         """How many rounds stand. Raises InputError when their numbers have a gap (a folder was
@@ -68,7 +68,7 @@ class Rounds:
         return self.folder / f"{number:02d}"
 
     def new(self, number: int) -> "NewRound":
-        return NewRound(self.path(number))
+        return NewRound(self.path(number), self.names)
 
     def record(self, number: int) -> dict:
         """The ledger of round `number` (its round.json)."""
@@ -117,10 +117,10 @@ class NewRound:
     """A round of queries being written: a context manager that completes the folder when every
     image is in it."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, names: tuple[str, ...] = NAMES):
+        self.path, self.names = path, names
         self.images: dict[str, dict] = {}
-        self.classes = np.zeros(NUM_CLASSES, np.int64)
+        self.classes = np.zeros(len(names), np.int64)
         self.notes: dict = {}  # what else belongs into round.json: score threshold, class weights, ...
 
     def __enter__(self) -> "NewRound":
@@ -153,7 +153,7 @@ class NewRound:
         write_map(self.work / "answers" / f"{image_id}.png", answers)
         labelled = int((answers != IGNORE).sum())
         self.classes += torch.bincount(answers.flatten().long(), minlength=256)[
-            :NUM_CLASSES
+            : len(self.names)
         ].numpy()
         trained = int((resize_labels(answers, training_size, keep_labels) != IGNORE).sum())
         self.images[image_id] = {
@@ -182,7 +182,7 @@ class NewRound:
             - total["labelled"],  # of those, pixels that the truth leaves out
             "trained": total["trained"],  # labelled cells after resizing to the training size
             "regions": total["regions"],  # picks
-            "classes": dict(zip(NAMES, self.classes.tolist(), strict=True)),
+            "classes": dict(zip(self.names, self.classes.tolist(), strict=True)),
             **self.notes,
             "images": self.images,
         }
@@ -198,10 +198,11 @@ def ledger(records: list[dict]) -> dict:
     class and their entropy (over log C), and how many images were asked."""
     total = {key: sum(r[key] for r in records) for key in LEDGER}
     total["images"] = len({image for r in records for image in r["images"]})
-    total["classes"] = {name: sum(r["classes"][name] for r in records) for name in NAMES}
+    names = list(records[0]["classes"]) if records else NAMES
+    total["classes"] = {name: sum(r["classes"][name] for r in records) for name in names}
     share = torch.tensor([*total["classes"].values()]).double() / max(1, total["labelled"])
     # 1: all classes alike
-    total["class_entropy"] = (torch.special.entr(share).sum() / math.log(NUM_CLASSES)).item()
+    total["class_entropy"] = (torch.special.entr(share).sum() / math.log(len(names))).item()
     return total
 
 

@@ -1,5 +1,4 @@
-"""Confusion matrix, IoU over 19/16/13 classes, protocols, export, pictures, comparison. How good is
-it?
+"""Measures, protocols, prediction export, pictures, comparison of runs. How good is it?
 
     python -m alda.evaluation score   RUN_OR_CHECKPOINT --tgt cityscapes --root /data --protocol sliding
     python -m alda.evaluation predict RUN_OR_CHECKPOINT --tgt cityscapes --root /data --split test --to predictions/
@@ -8,6 +7,12 @@ it?
 
 Axes: N images, C classes, H rows, W columns. Prediction and labels are (…,H,W) integer train ids,
 255 = ignore.
+
+Differences from papers and official code:
+
+ D29. Classes that do not occur in the truth have no IoU and are left out of the mean, which says
+      over how many it is; the code counts them as 0.
+ D30. The last checkpoint is scored; STAL's code reports the best one on the set it reports.
 """
 
 import argparse
@@ -18,18 +23,15 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from alda import InputError, deeplab
+from alda import IGNORE, InputError, deeplab
 from alda.datasets import (
     CLASS_SETS,
-    CLASSES,
     NAMES,
     NUM_CLASSES,
     SegmentationDataset,
-    colourise,
     normalise,
     open_dataset,
     parse_size,
@@ -37,6 +39,7 @@ from alda.datasets import (
     to_label_ids,
 )
 from alda.distributed import all_reduce, rank_and_world
+from alda.pictures import new_figure
 
 # ------------------------------------------------------------------------------------------ measure
 
@@ -47,16 +50,21 @@ def confusion_matrix(
     """Pixel counts (num_classes, num_classes) int64, rows = truth, columns = predicted, on the
     inputs' device.
 
-    Pixels whose label is outside 0..num_classes-1 (255 = ignore) are left out. Raises ValueError
-    where a counted pixel's prediction is outside 0..num_classes-1: it would be lost or counted as
-    another class.
+    Pixels whose label is 255 are left out. Raises ValueError for maps of different shapes, for another
+    label outside 0..num_classes-1, and where a counted pixel's prediction is outside: it would be lost
+    or counted as another class.
     """
-    valid = (labels >= 0) & (labels < num_classes)
-    wrong = valid & ((prediction < 0) | (prediction >= num_classes))
-    if wrong.any():
-        raise ValueError(
-            f"prediction holds {prediction[wrong][0].item()} at a labelled pixel, outside 0..{num_classes - 1}"
-        )
+    if prediction.shape != labels.shape or prediction.is_floating_point():
+        found = f"{prediction.dtype} {tuple(prediction.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"prediction and labels must be integer maps of one shape, got {found}")
+    valid = labels != IGNORE
+    for name, values in (("prediction", prediction), ("labels", labels)):
+        wrong = valid & ((values < 0) | (values >= num_classes))
+        if wrong.any():
+            found = values[wrong][0].item()
+            raise ValueError(
+                f"{name} holds {found} at a labelled pixel, outside 0..{num_classes - 1}"
+            )
     cells = labels[valid].long() * num_classes + prediction[valid].long()
     return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
 
@@ -70,17 +78,20 @@ def iou(matrix: torch.Tensor) -> torch.Tensor:
     return (true_positive / union.clamp(min=1)).masked_fill(~present, torch.nan)
 
 
-def summary(matrix: torch.Tensor) -> dict:
+def summary(matrix: torch.Tensor, names: tuple[str, ...] = NAMES) -> dict:
     """mIoU over 19, 16 and 13 classes (fractions), over how many of them the means are, the lowest
     class, per-class IoU, and the classes left out as absent.
 
     A mean is over the classes of its set that occur in the truth: one over classes that happen to be
-    predicted would be no fixed measure.
+    predicted would be no fixed measure. `names` of other classes: one mean, "mIoUn" over all n.
     """
+    if len(names) != len(matrix):
+        raise ValueError(f"{len(names)} names for a matrix of {len(matrix)} classes")
+    sets = CLASS_SETS if tuple(names) == NAMES else {str(len(names)): tuple(range(len(names)))}
     values = iou(matrix.cpu())
     present = ~values.isnan()
     result: dict = {}
-    for name, members in CLASS_SETS.items():
+    for name, members in sets.items():
         kept = values[list(members)]
         kept = kept[~kept.isnan()]
         result[f"mIoU{name}"] = kept.mean().item() if len(kept) else None
@@ -89,8 +100,8 @@ def summary(matrix: torch.Tensor) -> dict:
     lowest = min(there, key=lambda i: values[i].item(), default=None)
     result["lowest"] = None
     if lowest is not None:
-        result["lowest"] = {"class": NAMES[lowest], "IoU": values[lowest].item()}
-    pairs = list(zip(NAMES, values.tolist(), present.tolist(), strict=True))
+        result["lowest"] = {"class": names[lowest], "IoU": values[lowest].item()}
+    pairs = list(zip(names, values.tolist(), present.tolist(), strict=True))
     result["IoU"] = {name: value if there else None for name, value, there in pairs}
     result["absent"] = [name for name, _, there in pairs if not there]
     return result
@@ -103,7 +114,7 @@ def describe(result: dict) -> str:
         for n, v in result["IoU"].items()
     ]
     means = []
-    for name in CLASS_SETS:
+    for name in [key.removeprefix("mIoU") for key in result if key.startswith("mIoU")]:
         value = result[f"mIoU{name}"]
         if value is not None:
             means.append(f"mIoU{name} {100 * value:.2f} over {result[f'classes{name}']} classes")
@@ -239,86 +250,6 @@ def evaluate(model, dataset: SegmentationDataset, protocol: Protocol, device) ->
         matrix += confusion_matrix(prediction, dataset.labels(index).to(device))
     model.train(training)
     return {**summary(all_reduce(matrix)), "protocol": str(protocol), "images": len(dataset)}
-
-
-# ----------------------------------------------------------------------------------------- pictures
-
-
-def picture(panels: dict[str, torch.Tensor], size: tuple[int, int]) -> Image.Image:
-    """Titled panels side by side, each shown at `size` (H, W).
-
-    A panel is an RGB image (3,H,W) uint8, a label map (H,W) uint8 (class colours), a bool map, or a
-    float map (grey, stretched from its minimum to its maximum).
-    """
-    height, width = size
-    sheet = Image.new("RGB", (len(panels) * (width + 4) - 4, height + 14), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (title, values) in enumerate(panels.items()):
-        draw.text((i * (width + 4) + 2, 1), title, fill="black")
-        sheet.paste(
-            Image.fromarray(_panel(values.cpu())).resize((width, height), Image.NEAREST),
-            (i * (width + 4), 14),
-        )
-    return sheet
-
-
-def _panel(values: torch.Tensor) -> np.ndarray:
-    if values.ndim == 3:
-        return values.permute(1, 2, 0).numpy()
-    if values.dtype == torch.bool:
-        return np.repeat(values.numpy()[..., None] * np.uint8(255), 3, axis=2)
-    if values.is_floating_point():
-        values = values.nan_to_num(0, 0, 0)
-        span = (values.max() - values.min()).clamp(min=1e-12)
-        return np.repeat(
-            ((values - values.min()) / span * 255).to(torch.uint8).numpy()[..., None], 3, axis=2
-        )
-    return colourise(values.numpy())
-
-
-def new_figure(size: tuple[float, float]):
-    """(figure, axes) of matplotlib in inches, or None where matplotlib is not installed (it is
-    optional)."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots()
-
-
-def class_picture(classes: dict[str, int], path: Path, balanced: bool) -> None:
-    """Bars of the labelled pixels per class (shares) as a PNG; with `balanced` against CBDA's
-    uniform target distribution.
-
-    Needs matplotlib (`pip install 'alda[plot]'`); without it nothing is drawn, and the run says so
-    once.
-    """
-    drawing = new_figure((9, 3))
-    if drawing is None:
-        if path.parent.name == "round-01":
-            print(
-                "class histograms are not drawn: they need matplotlib (pip install 'alda[plot]')",
-                flush=True,
-            )
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    total = max(1, sum(classes.values()))
-    figure, axes = drawing
-    colours = [tuple(v / 255 for v in c.colour) for c in CLASSES]
-    axes.bar(
-        range(NUM_CLASSES),
-        [n / total for n in classes.values()],
-        color=colours,
-        label="labelled so far",
-    )
-    if balanced:
-        uniform = [1 / NUM_CLASSES] * NUM_CLASSES
-        axes.plot(range(NUM_CLASSES), uniform, "k_", markersize=14, label="target distribution")
-    axes.set_xticks(range(NUM_CLASSES), classes, rotation=60, ha="right")
-    axes.set_ylabel("share of labelled pixels")
-    axes.legend()
-    figure.savefig(path, dpi=80)
 
 
 # ------------------------------------------------------------------------------------------ compare
