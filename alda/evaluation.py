@@ -17,8 +17,10 @@ Differences from papers and official code:
 
 import argparse
 import csv
+import hashlib
 import json
 import math
+import statistics
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -260,61 +262,106 @@ def comparison(runs: list[str], mixed: bool = False) -> list[dict]:
     how good it is.
 
     Raises InputError for a run that has no result, and, unless `mixed`, for runs that were not
-    tested alike: another protocol, target dataset or number of images.
+    tested alike: another protocol, target dataset or number of images or classes.
     """
     rows = []
     for run in runs:
         path = Path(run) / "result.json"
-        if not path.is_file():
+        s = run_settings(run)
+        missing = [
+            name
+            for name, there in (("result.json", path.is_file()), ("config.json", s))
+            if not there
+        ]
+        if missing:
             raise InputError(
-                f"{run}: holds no result.json; give folders of finished runs (--out of alda.loop)"
+                f"{run}: holds no {missing[0]}; give folders of finished runs (--out of alda.loop)"
             )
-        result, s = json.loads(path.read_text()), run_settings(run)
-        if not s:
-            raise InputError(
-                f"{run}: holds no config.json; give folders of finished runs (--out of alda.loop)"
-            )
-        budget = result["budget"]
-        asked_for = s["budget"] if budget["asked"] else None
-        if s["pixels"]:
-            asked_for = f"{s['pixels']} px an image"
-        teacher = (
-            {"student mIoU19": _percent(result["student"]["mIoU19"])} if "student" in result else {}
-        )
-        rows.append(
-            {
-                "run": Path(run).name,
-                "strategy": strategy_text(result, s),
-                "source": s["src"],
-                "target": s["tgt"],
-                "tested on": f"{s['tgt']}, {result['images']} images",
-                "protocol": result["protocol"],
-                "network": f"{s['net']} {s['backbone']}",
-                "seed": s["seed"],
-                "steps": result["steps"],
-                "source images": result.get("source_images"),
-                "budget asked for": asked_for,
-                "pixels asked": budget["asked"],
-                "% of pixels": _percent(budget.get("share")),
-                "images asked": budget["images"],
-                "pixels trained": budget["trained"],
-                "class entropy": round(budget["class_entropy"], 3) if budget["asked"] else None,
-                **{f"mIoU{n}": _percent(result[f"mIoU{n}"]) for n in CLASS_SETS},
-                **teacher,
-                "lowest class": result["lowest"]["class"],
-                "lowest IoU": _percent(result["lowest"]["IoU"]),
-                **{f"IoU {name}": _percent(result["IoU"][name]) for name in NAMES},
-                "toy": result["toy"],
-            }
-        )
+        rows.append(comparison_row(str(run), json.loads(path.read_text()), s))
     for key in ("protocol", "tested on"):
         kinds = sorted({row[key] for row in rows})
         if len(kinds) > 1 and not mixed:
             raise InputError(
-                f"these runs have different values of {key!r} and cannot be compared: {'; '.join(kinds)}; score them alike "
-                "with `score`, or say --mixed to lay them side by side all the same"
+                f"these runs have different values of {key!r} and cannot be compared: "
+                f"{'; '.join(kinds)}; score them alike with `score`, or say --mixed to lay them side "
+                "by side all the same"
             )
     return rows
+
+
+def comparison_row(run: str, result: dict, s: dict) -> dict:
+    """What `compare` says of a run: {fact: value}."""
+    budget, present = result["budget"], sum(v is not None for v in result["IoU"].values())
+    asked_for = s["budget"] if budget["asked"] else None
+    if s["pixels"]:
+        asked_for = f"{s['pixels']} px an image"
+    teacher = {}
+    if "student" in result:
+        teacher = {"student mIoU19": _percent(result["student"]["mIoU19"])}
+    return {
+        "run": run,
+        "strategy": strategy_text(result, s),
+        "source": s["src"],
+        "target": s["tgt"],
+        "tested on": f"{s['tgt']}, {result['images']} images, {present} classes",
+        "protocol": result["protocol"],
+        "network": f"{s['net']} {s['backbone']}",
+        "seed": s["seed"],
+        "recipe": recipe(s),
+        "steps": result["steps"],
+        "source images": result.get("source_images"),
+        "budget asked for": asked_for,
+        "pixels asked": budget["asked"],
+        "% of pixels": _percent(budget.get("share")),
+        "images asked": budget["images"],
+        "pixels trained": budget["trained"],
+        "class entropy": round(budget["class_entropy"], 3) if budget["asked"] else None,
+        "before: mIoU19": _percent(result.get("before", {}).get("mIoU19")),
+        **{f"mIoU{n}": _percent(result[f"mIoU{n}"]) for n in CLASS_SETS},
+        **teacher,
+        "lowest class": result["lowest"]["class"],
+        "lowest IoU": _percent(result["lowest"]["IoU"]),
+        **{f"IoU {name}": _percent(result["IoU"][name]) for name in NAMES},
+        "toy": result["toy"],
+    }
+
+
+def recipe(s: dict) -> str:
+    """Eight letters that two runs share exactly when their settings are equal in everything but the
+    seed and what changes no result; a start of --init FILE counts without the seed in its path."""
+    free = (
+        "seed",
+        "out",
+        "root",
+        "resume",
+        "device",
+        "workers",
+        "threads",
+        "log_every",
+        "pictures",
+    )
+    kept = {name: value for name, value in s.items() if name not in free}
+    if "init" in kept:
+        kept["init"] = str(kept["init"]).replace(str(s["seed"]), "SEED")
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def means_text(rows: list[dict]) -> str:
+    """A line for each recipe that ran with several seeds: mean and standard deviation of mIoU19."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row["recipe"], []).append(row)
+    lines = []
+    for name, group in groups.items():
+        if len({row["seed"] for row in group}) > 1:
+            values = [row["mIoU19"] for row in group]
+            seeds = ", ".join(str(row["seed"]) for row in group)
+            mean, spread = statistics.mean(values), statistics.stdev(values)
+            what = f"{group[0]['strategy']} ({name}, budget {group[0]['budget asked for']})"
+            lines.append(
+                f"{what}: mIoU19 {mean:.2f} +- {spread:.2f}, n = {len(values)}, seeds {seeds}"
+            )
+    return "".join(f"\n{line}" for line in lines)
 
 
 def strategy_text(result: dict, s: dict) -> str:
@@ -338,23 +385,19 @@ def comparison_text(rows: list[dict]) -> str:
     """The rows as text: one line a fact, one column a run, so that any number of classes stays
     readable."""
     facts = list(dict.fromkeys(key for row in rows for key in row if key != "toy"))
-    cells = [
-        [fact, *("-" if row.get(fact) is None else f"{row[fact]}" for row in rows)]
-        for fact in facts
-    ]
-    same = [
-        line
-        for line in cells
-        if len(set(line[1:])) == 1 and not line[0].startswith(("IoU", "mIoU"))
-    ]
-    rest = [line for line in cells if line not in same]
+    same, rest = [], []
+    for fact in facts:
+        line = [fact, *("-" if row.get(fact) is None else f"{row[fact]}" for row in rows)]
+        alike = len(set(line[1:])) == 1 and not fact.startswith(("IoU", "mIoU"))
+        (same if alike else rest).append(line)
     widths = [max(len(line[i]) for line in rest) for i in range(len(rows) + 1)]
-    table = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-             for line in rest]  # fmt: skip
+    table = []
+    for fact, *values in rest:
+        cells = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
+        table.append("  ".join([fact.ljust(widths[0]), *cells]))
     mark = "TOY: numbers on the miniature world\n" if any(row["toy"] for row in rows) else ""
-    return (
-        mark + "".join(f"{fact}: {values[0]}\n" for fact, *values in same) + "\n" + "\n".join(table)
-    )
+    alike = "".join(f"{fact}: {values[0]}\n" for fact, *values in same)
+    return mark + alike + "\n" + "\n".join(table) + means_text(rows)
 
 
 def comparison_picture(runs: list[str], rows: list[dict], path: Path) -> None:
@@ -364,7 +407,7 @@ def comparison_picture(runs: list[str], rows: list[dict], path: Path) -> None:
     if drawing is None:
         raise InputError("--plot needs matplotlib: pip install 'alda[plot]'")
     figure, axes = drawing
-    lines: dict[str, dict] = {}  # name: {budget: [(share, mIoU19) of each seed]}
+    lines: dict[str, dict] = {}  # name: {(budget, recipe): [(share, mIoU19) of each seed]}
     for run, row in zip(runs, rows, strict=True):
         result = json.loads((Path(run) / "result.json").read_text())
         points = {
@@ -380,14 +423,15 @@ def comparison_picture(runs: list[str], rows: list[dict], path: Path) -> None:
                     f"{run}: does not say which share of the pixels it asked (an older version); left out of the picture"
                 )
                 continue
-            line = lines.setdefault(f"{row['strategy']}, {row['source']}, {row['network']}", {})
-            line.setdefault(budget, []).append(point)
+            name = f"{row['strategy']}, {row['source']}, {row['network']}"
+            line = lines.setdefault(name, {})
+            line.setdefault((budget, row["recipe"]), []).append(point)
     for name, budgets in lines.items():
         means = sorted(
             [100 * sum(values) / len(points) for values in zip(*points, strict=True)]
             for points in budgets.values()
         )
-        # means over seeds; the seeds are dots
+        # means over runs that differ in the seed alone; the runs are dots
         (line,) = axes.plot(*zip(*means, strict=True), "o-", label=name)
         every = [(100 * share, 100 * miou) for points in budgets.values() for share, miou in points]
         axes.plot(*zip(*every, strict=True), ".", color=line.get_color())

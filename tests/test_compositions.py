@@ -733,3 +733,67 @@ def test_the_table_of_the_codes_rules_is_complete():
                 if text.endswith(("== 'code'", "== 'paper'")):
                     found.add(f"{path.stem}.{function.name}")
     assert found - {"rounds.report_pseudo"} == set(CODE_RULES)  # that one only prints
+
+
+# ------------------------------------------------------------------------------- what mutants got through
+
+
+def test_a_class_of_weight_0_is_not_asked_even_when_nothing_else_is_left(tmp_path, monkeypatch):
+    """Round 1 spends class 3's share; 12 of 80 pixels are another class, 20 are due: 12 are asked."""
+    labels = torch.full((1, 8, 10), 3, dtype=torch.uint8)
+    labels[0, 7], labels[0, 6, :2] = 1, 2
+    score = torch.rand(1, 8, 10, generator=torch.Generator().manual_seed(0)) + 0.1
+    score[0, :6] += 5
+    scored(monkeypatch, score, labels.long())
+    s = settings("cbda", cbda="balance", unit="pixel", radius=0, budget=0.5, target_size="10x8")
+    target, store = Target(labels), Rounds(tmp_path)
+    first, _ = picks_of(s, tmp_path, target, 1, store)
+    assert len(first[0]) == 20 and all(row < 6 for row, _ in first[0])
+    second, notes = picks_of(s, tmp_path, target, 2, store)
+    assert notes["class_weights"][NAMES[3]] == 0 and notes["picks_due"] == 20
+    assert {tuple(c) for c in second[0]} == {(7, c) for c in range(10)} | {(6, 0), (6, 1)}
+
+
+def test_class_weights_are_relative_to_the_whole_budget(tmp_path, monkeypatch):
+    """190 pixels of budget: each of 19 classes has 10; 4 of class 5 bought: weight 0.6."""
+    labels = torch.full((1, 19, 20), NONE, dtype=torch.uint8)
+    labels[0, 0, :4] = 5
+    score = torch.zeros(1, 19, 20)
+    score[0, 0] = 1 + torch.arange(20) / 100
+    scored(monkeypatch, score)
+    s = settings(
+        "cbda", cbda="both", unit="pixel", radius=0, budget=0.5, rounds=5, target_size="20x19"
+    )
+    target, store = Target(labels), Rounds(tmp_path)
+    picks_of(s, tmp_path, target, 1, store)
+    _, notes = picks_of(s, tmp_path, target, 2, store)
+    assert notes["budget_px"] == 190
+    assert notes["class_weights"] == pytest.approx(dict.fromkeys(NAMES, 1.0) | {NAMES[5]: 0.6})
+    total = rounds.ledger([store.record(1)])
+    assert total["asked"] == 38 and total["labelled"] == 4 and total["class_entropy"] == 0
+
+
+def test_the_last_round_asks_what_the_budget_has_left(tmp_path, monkeypatch):
+    scored(monkeypatch, torch.rand(1, 9, 18, generator=torch.Generator().manual_seed(1)))
+    s = settings("ripu-pa", target_size="18x9", radius=0, pixels=5)
+    target, store = Target(torch.ones(1, 9, 18, dtype=torch.uint8)), Rounds(tmp_path)
+    assert [len(picks_of(s, tmp_path, target, n, store)[0][0]) for n in (1, 2)] == [3, 2]
+
+
+def test_the_codes_rule_asks_105_pixels_of_a_cityscapes_image():
+    s = settings_for({"strategy": "ripu-pa", "rules": "code"})
+    size = (1024, 2048)
+    assert rounds.budget_pixels(s, [size]) == 105 and rounds.budget_pixels(s, [size] * 3) == 315
+    assert [rounds.regions_due(105, s, 21 * n) for n in range(6)] == [21] * 5 + [0]
+    assert rounds.budget_pixels(settings_for({"strategy": "ripu-pa"}), [size]) == 40
+
+
+def test_equal_scores_share_one_budget_over_the_images(tmp_path, monkeypatch):
+    """All scores alike: the images take turns until the budget is spent, whatever their order."""
+    scored(monkeypatch, torch.ones(5, 4, 5))
+    s = settings(
+        "cbda", cbda="dynamic", unit="pixel", radius=0, budget=0.2, rounds=2, target_size="5x4"
+    )
+    target = Target(torch.ones(5, 4, 5, dtype=torch.uint8))
+    centres, notes = picks_of(s, tmp_path, target, 1, Rounds(tmp_path))
+    assert notes["picks_due"] == 10 and [len(c) for c in centres] == [2] * 5

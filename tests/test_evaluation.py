@@ -325,6 +325,24 @@ def test_compare_lays_runs_side_by_side(tmp_path, capsys):
     assert np.array(Image.open(files["--plot"]).convert("RGB")).std() > 5
 
 
+def test_means_are_over_runs_that_differ_in_the_seed_alone(tmp_path):
+    runs = [
+        finished(tmp_path / name, miou=m) for name, m in (("a0", 0.4), ("a1", 0.6), ("other", 0.9))
+    ]
+    for run, changes in zip(runs, ({"seed": 0}, {"seed": 1}, {"seed": 2, "lr": 9.0}), strict=True):
+        path = tmp_path / run / "config.json"
+        s = json.loads(path.read_text())["settings"] | {
+            "init": f"start-{changes['seed']}.pt",
+            **changes,
+        }
+        path.write_text(json.dumps({"settings": s}))
+    rows = E.comparison(runs)
+    assert rows[0]["recipe"] == rows[1]["recipe"] != rows[2]["recipe"]
+    text = E.comparison_text(rows)
+    assert "mIoU19 50.00 +- 14.14, n = 2, seeds 0, 1" in text and "n = 3" not in text
+    assert runs[0] in text and "18 classes" in text
+
+
 def test_compare_refuses_to_mix(tmp_path, capsys):
     runs = [
         finished(tmp_path / "a"),

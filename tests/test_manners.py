@@ -174,6 +174,19 @@ def test_the_readmes_code_runs(tmp_path, monkeypatch):
     assert len(found) >= 2
     for block in found:
         exec(compile(block, "README.md", "exec"), {})
+    assert acquisition.SCORES["confidence"](torch.zeros(19, 3, 4), 1, "region", 0).shape == (3, 4)
+
+
+def test_a_new_score_is_a_strategy(tiny_world, tmp_path):
+    """The README's ten lines before `alda.loop` is imported: the strategy is there and runs."""
+    score = next(block for block in blocks("python") if "SCORES[" in block)
+    words = arguments(
+        tiny_world, tmp_path / "out", strategy="confidence", steps=4, query_steps="1,2"
+    )
+    script = f"{score}\nimport sys\nfrom alda import loop\nsys.exit(loop.main({words!r}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert '"confidence"' in (tmp_path / "out/config.json").read_text()
 
 
 def test_the_readme_is_a_front_page():
