@@ -502,11 +502,11 @@ class GlobalBudget:
         """
         # CBDA, dynamic acquisition: the `count` highest scores of all images win
         self.threshold = self._keep_best(all_reduce_number, all_gather_list)
-        return {
-            name: torch.from_numpy(centres.astype(np.int64))
-            for name, (_, centres) in self.images.items()
-            if len(centres)
-        }
+        picks = {}
+        for name, (_, centres) in self.images.items():
+            if len(centres):
+                picks[name] = torch.from_numpy(centres.astype(np.int64))
+        return picks
 
     def scores(self) -> dict:
         """{image_id: (n,) float32} of the picks of this process's images, as `select` gave them."""

@@ -268,15 +268,10 @@ def comparison(runs: list[str], mixed: bool = False) -> list[dict]:
     for run in runs:
         path = Path(run) / "result.json"
         s = run_settings(run)
-        missing = [
-            name
-            for name, there in (("result.json", path.is_file()), ("config.json", s))
-            if not there
-        ]
-        if missing:
-            raise InputError(
-                f"{run}: holds no {missing[0]}; give folders of finished runs (--out of alda.loop)"
-            )
+        for name, there in (("result.json", path.is_file()), ("config.json", s)):
+            if not there:
+                hint = "give folders of finished runs (--out of alda.loop)"
+                raise InputError(f"{run}: holds no {name}; {hint}")
         rows.append(comparison_row(str(run), json.loads(path.read_text()), s))
     for key in ("protocol", "tested on"):
         kinds = sorted({row[key] for row in rows})

@@ -363,15 +363,11 @@ def train_source(s: Settings, out: Path, device: torch.device) -> Settings:
 
 def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
     """STAL (ILM-ASSL): mean-teacher self-training, in loops that each begin by asking for whole
-    images. Returns the result.
+    images. Returns the result, the teacher's.
 
     Loop 1 asks for random images spread over the groups, later loops for those that the teacher is
-    least sure of. A loop goes on from the last teacher, or with --restart from --init (as the
-    official configurations; of the paper's text this was not at hand). An epoch is a pass over the
-    unlabelled images. Labelled and unlabelled images pass apart, as in the official code: live batch
-    norm never normalises them together. The teacher is reported. What can be left out: --unlabelled
-    0, --contrast 0, --auxiliary 0, --no-copy-paste, --no-cutmix, --no-class-keep, --ohem-threshold 1,
-    --drop 0. Runs on one device or, started by torchrun, on several.
+    least sure of. An epoch is a pass over the unlabelled images. Labelled and unlabelled images pass
+    apart: live batch norm never normalises them together. Every part can be left out: see --help-all.
     """
     source, target = open_dataset(s.src, s.root), open_dataset(s.tgt, s.root, "train")
     validation = open_dataset(s.tgt, s.root, "val")
@@ -398,24 +394,24 @@ def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
             labelled, pasted, unlabelled = loop_batches(s, source, target, rounds, number, local)
 
         run.set_rate(poly(local, length))
-        generator, confidence = step_generator(s, step, device), state.confidence.value
+        generator, bank = step_generator(s, step, device), state.bank
         others = draw_others(s, state, step, generator)
         batch, other = next_batch(labelled, device), next_batch(pasted, device)
-        images, labels = paste(s, batch, other, confidence, generator)
+        images, labels = paste(s, batch, other, state.confidence.value, generator)
         L, health = dict.fromkeys(("supervised", "unlabelled", "contrastive"), 0.0), {}
-        with run.autocast():
+        with run.autocast():  # passes 1 and 2: student and teacher, in train mode, labelled images
             logits, features, auxiliary = run.forward(images, extras=True)
-            prob_l, features_l = train_mode(state.teacher, images)
+            taught_logits, taught = train_mode(state.teacher, images)
         logits = deeplab.upsample(logits.float(), labels.shape[-2:])
         L["supervised"] = supervised_loss(s, logits, auxiliary, labels)
         state.confidence.update(logits.detach().softmax(1), labels)
         if unlabelled is not None:
             plain, truth, index = next_batch(unlabelled, device)
-            weak = plain_logits(run, state.teacher, plain, others)  # the teacher in eval mode
+            weak = plain_logits(run, state.teacher, plain, others)  # pass 3: teacher in EVAL mode
             state.images.update(index, predicted(weak, truth))
             mixed, weak, truth = cut(plain, weak, truth, others, generator)
-            with run.autocast():
-                _, features_u = train_mode(state.teacher, mixed)
+            with run.autocast():  # passes 4 and 5: teacher and student, in train mode, mixed images
+                _, taught_strong = train_mode(state.teacher, mixed)
                 logits, strong, _ = run.forward(mixed, extras=True)
             prob, inside = weak.softmax(1), truth != IGNORE
             drop = drop_share(local, length, s.drop)
@@ -424,16 +420,14 @@ def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
             if s.unlabelled:
                 L["unlabelled"] = unlabelled_loss(s, logits, pseudo, prob, state, generator)
             if s.contrast:
-                features, taught = (
-                    torch.cat([features, strong]),
-                    torch.cat([features_l, features_u]),
-                )
-                sets = contrast_sets(labels, prob_l, pseudo, weak, inside, features.shape[-2:])
+                features, taught = torch.cat([features, strong]), torch.cat([taught, taught_strong])
+                size = features.shape[-2:]
+                sets = contrast_sets(labels, taught_logits, pseudo, weak, inside, size)
                 L["contrastive"] = features.float().sum() * 0  # torchrun wants all gradients
                 if local / length >= s.contrast_start:
-                    state.bank.add(*contrastive_keys(taught, sets[2], state.bank.most))
+                    bank.add(*contrastive_keys(taught, sets[2], bank.most))
                     L["contrastive"] = contrastive(
-                        features, taught, sets, state.bank, generator=generator
+                        features, taught, sets, bank, generator=generator
                     )
         # STAL Eq. (1): L = L_s + lambda_u L_u + lambda_c L_c
         total = L["supervised"] + s.unlabelled * L["unlabelled"] + s.contrast * L["contrastive"]

@@ -374,11 +374,11 @@ class Colours(Target):
 
 
 @pytest.mark.parametrize("kind", ["st", "cbst", "cbst-sp"])
-@pytest.mark.parametrize("number", [1, 3])
-def test_pseudo_labels_of_a_round_equal_a_slow_version(kind, number, tmp_path):
+@pytest.mark.parametrize("number,rules", [(1, "code"), (3, "code"), (2, "paper")])
+def test_pseudo_labels_of_a_round_equal_a_slow_version(kind, number, rules, tmp_path):
     """Prior, portion of the round and thresholds, from sorted lists; bought pixels get none."""
     target, model = Colours(3), Pointwise()
-    options = {"target_size": "16x12", "label_flip": False, "label_scale": 1.0, "rules": "code"}
+    options = {"target_size": "16x12", "label_flip": False, "label_scale": 1.0, "rules": rules}
     s = settings(kind, **options)
     prior = (
         torch.rand(19, 12, 16, generator=torch.Generator().manual_seed(8))
@@ -414,6 +414,17 @@ def test_pseudo_labels_of_a_round_equal_a_slow_version(kind, number, tmp_path):
         wrong = found != expected  # the histogram's thresholds are within 5e-4 of the exact rank
         assert (np.abs(share.max(0)[wrong] - 1) < 2e-3).all() and wrong.mean() < 0.1
         assert (expected != NONE).any()
+
+
+def test_the_pixel_at_the_threshold_follows_the_rules(tmp_path):
+    """All pixels alike: the threshold is their confidence, which the code labels and the paper does not."""
+    target = Target(torch.ones(2, 6, 8, dtype=torch.uint8))
+    target.image = lambda index: torch.full((3, 6, 8), 90, dtype=torch.uint8)
+    for rules, labelled in (("code", 2 * 48), ("paper", 0)):
+        s = settings("cbst", target_size="8x6", label_scale=1.0, rules=rules)
+        pseudo = Rounds(tmp_path / rules)
+        record = rounds.label_target(s, Run(tmp_path, Pointwise()), target, pseudo, 1, "cbst")
+        assert record["labelled"] == labelled
 
 
 def test_the_target_is_labelled_at_its_scale_with_its_mirror_image():
@@ -489,26 +500,30 @@ def test_the_source_share_of_cbst_grows():
 
 
 def test_image_queries_take_the_most_uncertain_of_each_city(tmp_path, monkeypatch):
-    """Three images in each of two cities, two asked: one of each, the largest score, none asked before."""
-    target = Target(torch.ones(7, 4, 4, dtype=torch.uint8), ["a", "a", "a", "b", "b", "b", "b"])
-    scores = {0: 0.9, 1: 0.95, 2: 0.2, 3: 0.1, 4: 0.5, 5: 0.4, 6: 0.3}
+    """Five images in city a, three of them asked before, and four in b. Three of the six that are left
+    are asked: one of a's two, two of b's four, the teacher's largest scores of each."""
+    groups = ["a"] * 5 + ["b"] * 4
+    target, teacher = Target(torch.ones(9, 4, 4, dtype=torch.uint8), groups), torch.nn.Identity()
+    scores = {0: 0.9, 1: 0.95, 2: 0.2, 3: 0.99, 4: 0.97, 5: 0.1, 6: 0.5, 7: 0.4, 8: 0.3}
 
     def each(s, run, target, see, model, indices):
+        assert model is teacher and see is rounds.logits_of
         for n in indices:
             yield n, target.image(n), torch.full((19, 4, 4), float(n))
 
     monkeypatch.setattr(rounds, "over_target", each)
-    order = iter([n for n in range(7) if n != 1])
+    order = iter([0, 2, 5, 6, 7, 8])
     monkeypatch.setattr(rounds.acquisition, "image_uncertainty", lambda prob: scores[next(order)])
     store = Rounds(tmp_path)
     with store.new(1) as new:
-        new.add("i1", torch.ones(4, 4, dtype=torch.bool), ground_truth(target, 1), 1, (4, 4))
+        for n in (1, 3, 4):
+            everything = torch.ones(4, 4, dtype=torch.bool)
+            new.add(f"i{n}", everything, ground_truth(target, n), 1, (4, 4))
     s = settings("stal", target_size="4x4")
-    rounds.ask_images(s, Run(tmp_path), torch.nn.Identity(), target, store, 2, 3)
-    # 2 of a and 4 of b are left: 3 images are split 1 to 2
-    assert set(store.record(2)["images"]) == {"i0", "i4", "i5"}
+    rounds.ask_images(s, Run(tmp_path), teacher, target, store, 2, 3)
+    assert set(store.record(2)["images"]) == {"i0", "i6", "i7"}
     assert store.record(2)["quotas"] == {"a": 1, "b": 2}
-    assert store.asked("i4", (4, 4)).all() and not store.asked("i6", (4, 4)).any()
+    assert store.asked("i6", (4, 4)).all() and not store.asked("i8", (4, 4)).any()
 
 
 @pytest.fixture
@@ -797,3 +812,69 @@ def test_equal_scores_share_one_budget_over_the_images(tmp_path, monkeypatch):
     target = Target(torch.ones(5, 4, 5, dtype=torch.uint8))
     centres, notes = picks_of(s, tmp_path, target, 1, Rounds(tmp_path))
     assert notes["picks_due"] == 10 and [len(c) for c in centres] == [2] * 5
+
+
+def test_noise_differs_between_images_and_rounds(tmp_path, monkeypatch):
+    """The strategy random: other places in every image and every round, the same for a seed."""
+    target = Target(torch.ones(3, 20, 20, dtype=torch.uint8))
+
+    def each(s, run, target, *more, **keywords):
+        for n in range(len(target)):
+            yield n, target.image(n), torch.zeros(19, 20, 20)
+
+    monkeypatch.setattr(rounds, "over_target", each)
+    s, store = settings("random", target_size="20x20", budget=0.2), Rounds(tmp_path / "a")
+    first, _ = picks_of(s, tmp_path, target, 1, store)
+    assert first[0] != first[1] != first[2]
+    again, _, _ = rounds.choose(s, Run(tmp_path), target, Rounds(tmp_path / "b"), 1, [])
+    assert [c.tolist() for c in again] == first
+    other, _, _ = rounds.choose(s, Run(tmp_path), target, Rounds(tmp_path / "b"), 2, [])
+    assert [c.tolist() for c in other] != first
+
+
+def test_queries_see_the_target_at_its_training_size(tmp_path):
+    model, target = Pointwise(), Colours(2)
+    s = settings(target_size="8x6", budget=0.5)
+    centres, _, _ = rounds.choose(s, Run(tmp_path, model), target, Rounds(tmp_path), 1, [])
+    assert model.seen == [((6, 8), False)] * 2 and model.training
+    assert (
+        max(row for c in centres for row, _ in c.tolist()) > 6
+    )  # picks are at the image's full size
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_what_a_new_loop_begins_with(restart, tiny_world, tmp_path):
+    """Student and teacher from the last teacher, or anew; no momentum, no images to cut from, no shares
+    of images that are labelled now; confidence and bank are kept, or emptied."""
+    given = {
+        "root": str(tiny_world),
+        "init": "none",
+        "backbone": "resnet18",
+        "head": "ripu",
+        "bank": 40,
+    }
+    s = settings_for({"strategy": "stal", "restart": restart, "target_size": "64x32", **given})
+    run = loop.Run(s, tmp_path, torch.device("cpu"))
+    state = stal.StalState(s, run, open_dataset("cityscapes", tiny_world))
+    first = {name: x.clone() for name, x in run.model.state_dict().items()}
+    with torch.no_grad():
+        for shift, network in ((0.5, state.teacher), (0.25, run.model)):
+            for parameter in network.parameters():
+                parameter.add_(shift)
+    last = {name: x.clone() for name, x in state.teacher.state_dict().items()}
+    parameter = next(run.model.parameters())
+    run.optimizer.state[parameter]["momentum_buffer"] = torch.ones_like(parameter)
+    state.images.share.fill_(0.5)
+    state.confidence.value.fill_(0.5)
+    state.bank.count.fill_(7)
+    state.partners.drawn = torch.zeros(4, 2, dtype=torch.int64)
+    state.begin_loop()
+    expected = first if restart else last
+    for network in (run.model, state.teacher):
+        assert all(torch.equal(x, expected[name]) for name, x in network.state_dict().items())
+    assert (
+        not run.optimizer.state and state.partners.next(0) is None and state.partners.drawn is None
+    )
+    assert (state.images.share == 0).all()
+    assert (state.confidence.value == (0 if restart else 0.5)).all()
+    assert (state.bank.count == (0 if restart else 7)).all()

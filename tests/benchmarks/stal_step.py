@@ -73,7 +73,11 @@ def measure_steps(folder: str, backbone: str, device: torch.device, runs: int):
         if step == 4 + runs:
             raise Enough
 
-    patches = {"loop_batches": lambda *_: endless, "ask_images": lambda *_: None}
+    patches = {
+        "loop_batches": lambda *_: endless,
+        "ask_images": lambda *_: None,
+        "note_before": lambda *_: None,
+    }
     with (
         mock.patch.multiple(loop, **patches),
         mock.patch.object(loop.Run, "log", after_step),
