@@ -828,6 +828,8 @@ def test_noise_differs_between_images_and_rounds(tmp_path, monkeypatch):
     assert first[0] != first[1] != first[2]
     again, _, _ = rounds.choose(s, Run(tmp_path), target, Rounds(tmp_path / "b"), 1, [])
     assert [c.tolist() for c in again] == first
+    with Rounds(tmp_path / "b").new(1):
+        pass  # a round that asked nothing
     other, _, _ = rounds.choose(s, Run(tmp_path), target, Rounds(tmp_path / "b"), 2, [])
     assert [c.tolist() for c in other] != first
 
