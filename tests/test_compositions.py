@@ -880,3 +880,126 @@ def test_what_a_new_loop_begins_with(restart, tiny_world, tmp_path):
     assert (state.images.share == 0).all()
     assert (state.confidence.value == (0 if restart else 0.5)).all()
     assert (state.bank.count == (0 if restart else 7)).all()
+
+
+def test_the_papers_unlabelled_loss_weights_all_pixels_alike():
+    logits = torch.tensor([[0.8, 0.2], [0.4, 0.6]]).log().T[None, :, None]  # (1,2,1,2)
+    prob = torch.tensor([[0.9, 0.1], [0.3, 0.7]]).T[None, :, None]
+    s = settings_for({"strategy": "stal", "class_keep": False})
+    pseudo = torch.tensor([[[0, 1]]], dtype=torch.uint8)
+    loss = stal.unlabelled_loss(s, logits, pseudo, prob, None, None)
+    assert float(loss) == pytest.approx((-math.log(0.8) - math.log(0.6)) / 2, rel=1e-5)
+
+
+def test_padding_takes_no_part_in_the_contrastive_percentiles():
+    """The lower half is padding of low entropy: the reliable fifth is of the upper half."""
+    labels = torch.zeros(1, 10, 10, dtype=torch.uint8)
+    uncertainty = torch.arange(100).view(1, 10, 10).float()
+    uncertainty[:, 5:] = -1
+    inside = torch.ones(1, 10, 10, dtype=torch.bool)
+    inside[:, 5:] = False
+    pseudo = torch.zeros(1, 10, 10, dtype=torch.uint8).masked_fill(~inside, NONE)
+    _, low, high = stal.contrastive_masks(labels, pseudo, uncertainty, (10, 10), counts=inside)
+    assert low[1].flatten().nonzero()[:, 0].tolist() == list(range(10))
+    assert high[1].flatten().nonzero()[:, 0].tolist() == list(range(40, 50))
+    assert low[0].all() and high[0].all()  # labelled pixels are both
+
+
+def test_the_draws_of_a_step_differ_from_step_to_step_and_by_seed():
+    s, device = settings_for({"strategy": "stal"}), torch.device("cpu")
+    first, again, later = (
+        torch.rand(4, generator=stal.step_generator(s, n, device)) for n in (3, 3, 4)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, later)
+    other = settings_for({"strategy": "stal", "seed": 1})
+    assert not torch.equal(first, torch.rand(4, generator=stal.step_generator(other, 3, device)))
+
+
+def test_weak_classes_are_pasted_by_the_square_root_of_their_weakness():
+    """One class of confidence 0, the others 0.96: chances e^1 against e^0.2, of the first of three."""
+    confidence = torch.full((19,), 0.96)
+    confidence[5] = 0.0
+    s, generator = settings_for({"strategy": "stal"}), torch.Generator().manual_seed(0)
+    other = [torch.ones(1, 3, 1, 19), torch.arange(19, dtype=torch.uint8).expand(1, 1, 19).clone()]
+    own = [torch.zeros(1, 3, 1, 19), torch.zeros(1, 1, 19, dtype=torch.uint8)]
+    hits = total = 0
+    for _ in range(3000):
+        mixed, labels = stal.paste(s, own, other, confidence, generator)
+        classes = labels[0, 0][mixed[0, 0, 0] == 1].tolist()
+        hits, total = hits + (5 in classes), total + bool(classes)
+    rest = [math.exp(0.2)] * 13  # 14 classes may be pasted
+    weak, left, missed = math.exp(1), sum(rest), 1.0
+    for n in range(3):  # without replacement
+        missed *= (left - n * rest[0]) / (weak + left - n * rest[0])
+    assert hits / total == pytest.approx(1 - missed, abs=0.035)
+
+
+def test_full_trains_on_all_labels_of_the_target(tiny_world, tmp_path, batches_seen):
+    assert loop.main(arguments(tiny_world, tmp_path, strategy="full", steps=2)) == 0
+    target = open_dataset("cityscapes", tiny_world, "train")
+    maps = [resize_labels(target.labels(i), (32, 64)) for i in range(len(target))]
+    for batch in batches_seen:
+        assert all(any(torch.equal(labels, x) for x in maps) for labels in batch)
+
+
+def test_a_mixed_in_image_is_augmented_anew_in_every_step(tiny_world):
+    s = settings_for(
+        {"strategy": "stal", "crop": "40x20", "target_size": "128x64", "workers": 0, "batch": 1}
+    )
+    partners = stal.Partners(s, open_dataset("cityscapes", tiny_world), torch.device("cpu"))
+    images = []
+    for step in range(3):
+        partners.drawn = torch.tensor([[0, 1]])  # the same class and image
+        found = partners.next(step)
+        images += [found.images] if found else []
+    assert len(images) == 2 and not torch.equal(*images)
+
+
+def test_a_place_without_truth_is_no_padding():
+    """254, nobody knows the class, is inside the image: its prediction may be cut out."""
+    logits = torch.zeros(2, 19, 8, 8)
+    logits[1, 7, 2:6, 2:6] = 5
+    truth = torch.full((1, 8, 8), 254, dtype=torch.uint8)
+    others = stal.Others(torch.ones(1, 3, 8, 8), truth, torch.tensor([7]))
+    generator = torch.Generator().manual_seed(0)
+    image, _, _ = stal.cut(torch.zeros(1, 3, 8, 8), logits, truth, others, generator)
+    # searched on every 4th pixel: the patch holds (4, 4), its cell is rows and columns 4 to 7
+    assert image[0, 0].nonzero().tolist() == [[r, c] for r in range(4, 8) for c in range(4, 8)]
+    padding = stal.Others(torch.ones(1, 3, 8, 8), torch.full_like(truth, NONE), torch.tensor([7]))
+    image, _, _ = stal.cut(torch.zeros(1, 3, 8, 8), logits, truth, padding, generator)
+    assert abs(int(image[0, 0].sum()) - 32) <= 8  # no prediction in padding: a random half
+
+
+def test_source_only_passes_no_target_image(tiny_world, tmp_path, monkeypatch):
+    original = loop.forward_both
+
+    def check(model, source, target):
+        assert target is None and source is not None
+        return original(model, source, target)
+
+    monkeypatch.setattr(loop, "forward_both", check)
+    assert loop.main(arguments(tiny_world, tmp_path, strategy="source-only", steps=1)) == 0
+
+
+def test_pseudo_labels_are_trained_on_beside_the_bought_ones(tiny_world, tmp_path, batches_seen):
+    """A round before step 1, pseudo-labels before step 2: bought labels first, then both."""
+    options = {
+        "pseudo": "cbst",
+        "pseudo_steps": "2",
+        "query_steps": "1",
+        "rounds": 1,
+        "rules": "code",
+    }
+    words = arguments(tiny_world, tmp_path, strategy="ripu", steps=4, budget=0.4, **options)
+    assert loop.main(words) == 0
+    target = open_dataset("cityscapes", tiny_world, "train")
+    store, pseudo = Rounds(tmp_path / "rounds"), Rounds(tmp_path / "pseudo")
+    for step in (2, 3):
+        maps = []
+        for index in range(len(target)):
+            both = bought_and_pseudo(target, store, 1, pseudo, 1, index)
+            assert ((both < 19).any()) and ((both >= 100) & (both != NONE)).any()
+            maps.append(resize_labels(both, (32, 64)))
+        for labels in batches_seen[step]:
+            assert any(torch.equal(labels, x) for x in maps), f"step {step}"
+    assert (batches_seen[0] == NONE).all() and (batches_seen[1][batches_seen[1] != NONE] < 19).all()
