@@ -1003,3 +1003,49 @@ def test_pseudo_labels_are_trained_on_beside_the_bought_ones(tiny_world, tmp_pat
         for labels in batches_seen[step]:
             assert any(torch.equal(labels, x) for x in maps), f"step {step}"
     assert (batches_seen[0] == NONE).all() and (batches_seen[1][batches_seen[1] != NONE] < 19).all()
+
+
+def test_source_and_target_of_one_size_pass_together():
+    """Live batch norm then sees both domains at once; of other sizes they pass apart."""
+    seen = []
+
+    def model(x):
+        seen.append(tuple(x.shape))
+        return x[:, :2].repeat_interleave(10, 1)[:, :19]
+
+    labels = torch.zeros(2, 6, 8, dtype=torch.uint8)
+    source, target = [torch.ones(2, 3, 6, 8), labels], [torch.full((2, 3, 6, 8), 2.0), labels]
+    a, b = loop.forward_both(model, source, target)
+    assert seen == [(4, 3, 6, 8)] and (a == 1).all() and (b == 2).all()
+    other = [torch.full((2, 3, 4, 8), 3.0), labels]
+    a, b = loop.forward_both(model, source, other)
+    assert seen[1:] == [(2, 3, 6, 8), (2, 3, 4, 8)] and b.shape[-2:] == (6, 8) and (b == 3).all()
+    assert loop.forward_both(model, None, target)[0] is None
+
+
+@pytest.mark.parametrize("kind", ["cbst", "cbst-sp"])
+def test_each_round_of_pseudo_labels_is_made_anew_with_its_prior(
+    kind, tiny_world, tmp_path, monkeypatch
+):
+    """Rounds before steps 1 and 3: the second replaces the first; only cbst-sp has the source's prior."""
+    given, original, trained = [], loop.label_target, []
+
+    def note(s, run, target, pseudo, number, name, prior=None, bought=None):
+        given.append((number, name, prior is not None))
+        return original(s, run, target, pseudo, number, name, prior, bought)
+
+    monkeypatch.setattr(loop, "label_target", note)
+    read = loop.bought_and_pseudo
+    monkeypatch.setattr(
+        loop, "bought_and_pseudo", lambda *args: trained.append(args[4]) or read(*args)
+    )
+    options = {
+        "pseudo": kind,
+        "pseudo_steps": "1,3",
+        "query_steps": "0",
+        "rounds": 1,
+        "rules": "code",
+    }
+    assert loop.main(arguments(tiny_world, tmp_path, strategy="ripu", steps=4, **options)) == 0
+    assert given == [(1, kind, kind == "cbst-sp"), (2, kind, kind == "cbst-sp")]
+    assert trained[:2] == [1, 1] and trained[-1] == 2  # the numbers of the rounds that were read
