@@ -22,7 +22,7 @@ from alda.annotation import Rounds, begin_folder, complete_folder, ground_truth,
 from alda.datasets import NAMES, NUM_CLASSES, EachImage, SegmentationDataset, load, mix_seed
 from alda.distributed import all_reduce, barrier, broadcast_buffers, rank_and_world
 from alda.evaluation import class_picture, network_logits
-from alda.run import Run, save_picture
+from alda.run import Run, check_folder, save_picture
 from alda.selftraining import (
     ConfidenceHistogram,
     cbst_pseudo_labels,
@@ -307,6 +307,7 @@ def ask_images(
     each process scores its share of the images.
     """
     began = time.time()
+    check_folder(run.out)
     due = rounds.complete() < number
     barrier()  # every process has looked before the first one writes
     if not due:
