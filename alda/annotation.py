@@ -33,6 +33,7 @@ from alda.datasets import (
     PICTURE_ERRORS,
     PSEUDO,
     SegmentationDataset,
+    checked_picture,
     file_name,
     read_json,
     resize_labels,
@@ -86,7 +87,17 @@ class Rounds:
 
     def record(self, number: int) -> dict:
         """The ledger of round `number`: its round.json but for the sums of its files."""
-        record = read_json(self.path(number) / "round.json")
+        path = self.path(number) / "round.json"
+        record = read_json(path, "classes", "labelled")
+        kinds = {"classes": dict, "labelled": int}
+        if "kind" not in record:  # of queries
+            kinds |= {**dict.fromkeys(LEDGER, int), "images": dict}
+        wrong = [name for name, kind in kinds.items() if not isinstance(record.get(name), kind)]
+        if wrong or not record["classes"].keys() >= set(NAMES):
+            raise InputError(
+                f"{path}: {', '.join(wrong or ['classes'])} missing or of another kind; restore it "
+                "from a copy"
+            )
         record.pop("files", None)
         return record
 
@@ -105,7 +116,7 @@ class Rounds:
         """Raises InputError where a file of a complete round is missing, was changed, or was added
         since the round was completed."""
         for number in range(1, self.complete() + 1):
-            folder, sums = self.path(number), self.files(number)
+            folder, sums, _ = self.path(number), self.files(number), self.record(number)
             if sums is None:
                 print(
                     f"{folder}: of an earlier version, has no sums of its files; not checked",
@@ -362,7 +373,7 @@ def read_map(path: Path, shape: tuple[int, int], default: int) -> torch.Tensor:
 def decode_map(path: Path, content: bytes, shape: tuple[int, int]) -> torch.Tensor:
     """The (H,W) uint8 map in the bytes of a PNG; `path` names it in errors (InputError)."""
     try:
-        with Image.open(io.BytesIO(content)) as picture:
+        with checked_picture(content) as picture:
             kind, values = picture.mode, np.array(picture)
     except PICTURE_ERRORS as error:
         raise InputError(

@@ -13,6 +13,7 @@ everywhere.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import signal
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -186,11 +188,21 @@ class Sample(NamedTuple):
     size: tuple[int, int]  # (H, W) of the image file
 
 
+@contextmanager
+def checked_picture(content: bytes):
+    """The picture in the bytes of a file, its checksums compared first: decoders may take a PNG with
+    a flipped bit as it is. Raises one of PICTURE_ERRORS."""
+    with Image.open(io.BytesIO(content)) as picture:
+        picture.verify()
+    with Image.open(io.BytesIO(content)) as picture:
+        yield picture
+
+
 def read_image(path: Path) -> torch.Tensor:
     """The image as (3,H,W) uint8 RGB. Raises InputError naming a missing, unreadable or truncated
     file, and one of 16-bit, 32-bit or float grey, which 8 bits would clip."""
     try:
-        with Image.open(path) as picture:
+        with checked_picture(path.read_bytes()) as picture:
             if picture.mode.startswith(("I", "F")):
                 raise InputError(
                     f"{path}: is grey of more than 8 bits (mode {picture.mode}), expected 8-bit "
@@ -215,6 +227,8 @@ def read_label(path: Path, space: str) -> torch.Tensor:
     """
     try:
         if space == "synthia":
+            with checked_picture(path.read_bytes()) as picture:
+                picture.load()  # torchvision crashes on what Pillow refuses
             raw = decode_image(str(path), ImageReadMode.UNCHANGED)
             if raw.dtype != torch.uint16 or raw.shape[0] < 3:
                 kind = f"{raw.shape[0]} channels of {raw.dtype}"
@@ -223,7 +237,7 @@ def read_label(path: Path, space: str) -> torch.Tensor:
                 )
             ids = raw[0].numpy()
         else:
-            with Image.open(path) as picture:
+            with checked_picture(path.read_bytes()) as picture:
                 if picture.mode not in ("P", "L", "I;16", "I"):
                     raise InputError(
                         f"{path}: expected label ids (palette or single-channel PNG), found a {picture.mode} picture; "
