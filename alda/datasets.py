@@ -12,13 +12,16 @@ Axes: N images, C classes, H rows, W columns. Labels are uint8 train ids 0..18 w
 everywhere.
 """
 
+import atexit
 import hashlib
 import io
 import json
 import math
+import multiprocessing.util
 import os
 import signal
 import struct
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -613,13 +616,19 @@ LOST_WORKERS = (
 )
 
 
+WORKERS: weakref.WeakSet = weakref.WeakSet()  # loading processes that may still be there
+
+
 class Loader(DataLoader):
     """A DataLoader that reports lost loading processes, and no room for what they load, as
     InputError."""
 
     def __iter__(self):
         try:
-            yield from super().__iter__()
+            before = set(multiprocessing.active_children())
+            iterator = super().__iter__()
+            WORKERS.update(set(multiprocessing.active_children()) - before)
+            yield from iterator
         except (RuntimeError, OSError) as error:
             if not self.num_workers or not any(part in str(error) for part in LOST_WORKERS):
                 raise
@@ -635,6 +644,17 @@ def load(dataset: Dataset, workers: int, **options) -> DataLoader:
     start)."""
     options |= {"generator": torch.Generator(), "worker_init_fn": leave_signals}
     return Loader(dataset, num_workers=workers, **options)
+
+
+@atexit.register  # before multiprocessing's own hook, which would wait for them
+def end_workers() -> None:
+    """At the end of the process: ends the loading processes that are left, which leave SIGTERM
+    alone."""
+    left = [worker for worker in WORKERS if worker.is_alive()]
+    if left and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them as lost
+    for worker in left:
+        worker.kill()
 
 
 def leave_signals(worker: int) -> None:

@@ -27,7 +27,18 @@ import pytest
 import torch
 from PIL import Image
 
-from alda import InputError, annotation, datasets, deeplab, distributed, evaluation, loop, run
+from alda import (
+    InputError,
+    acquisition,
+    annotation,
+    datasets,
+    deeplab,
+    distributed,
+    evaluation,
+    loop,
+    run,
+)
+from tests.test_loop import assert_same_bits, round_files
 
 PLAIN = (
     "--net deeplabv2 --backbone resnet18 --init none --steps 6 --batch 1 --lr 0.01 --momentum 0 --source-size 48x24 "
@@ -238,7 +249,8 @@ def run_folders():
         yield "folder", f"only {part}, no config.json", foreign(part), "no config.json", 2
 
     def two(place):
-        code = "import sys, time\nfrom alda import loop\nloop.run_strategy = lambda *a: (print('on', flush=True), time.sleep(60))\n"
+        code = "import sys, time\nfrom alda import loop\n"
+        code += "loop.run_strategy = lambda *a: (print('on', flush=True), time.sleep(60))\n"
         code += "loop.main(sys.argv[1:])"
         words = [*WORDS, "--root", str(place.base / "world"), "--out", str(place.folder / "out")]
         other = subprocess.Popen(
@@ -960,3 +972,82 @@ def test_hostile_situations_end_in_one_line(base, tmp_path, capsys):
         print(*(f"  {group}: {name}: {how}" for group, name, how in bad), sep="\n")
     assert len(found) >= 100 and len({row[:2] for row in found}) == len(found)
     assert not bad
+
+
+# ---------------------------------------------------------------------------------- signals
+
+
+def equal_runs(a: Path, b: Path) -> None:
+    """Two runs ended with the same bits: checkpoint, rounds, pseudo-labels."""
+    states = [torch.load(out / "checkpoints/last.pt", weights_only=True) for out in (a, b)]
+    assert_same_bits(*states)
+    assert round_files(a) == round_files(b)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("seam", ["step", "scored"])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
+    name, seam, base, tmp_path, monkeypatch
+):
+    """In step 5, which has no checkpoint of its own; and while round 2 is being asked."""
+    place = Place(base, tmp_path / "place", monkeypatch)
+    where, attribute, calls = {
+        "step": (torch.optim.SGD, "step", 5),
+        "scored": (acquisition, "select_regions", 8),
+    }[seam]
+    real, seen = getattr(where, attribute), [0]
+
+    def counted(*args, **kwargs):
+        seen[0] += 1
+        if seen[0] == calls:
+            os.kill(os.getpid(), getattr(signal, name))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(where, attribute, counted)
+    before = signal.getsignal(getattr(signal, name))
+    status, text = place.main()
+    monkeypatch.undo()
+    out = place.folder / "out"
+    assert status == 143 and f"--resume --out {out} goes on" in text.splitlines()[-1]
+    assert (
+        torch.load(out / "checkpoints/last.pt", weights_only=True)["step"]
+        == {"step": 5, "scored": 4}[seam]
+    )
+    assert len(list((out / "rounds").glob("0?"))) == {"step": 2, "scored": 1}[seam]
+    assert signal.getsignal(getattr(signal, name)) is before
+    assert spoken(lambda: loop.main(["--resume", "--out", str(out)]))[0] == 0
+    equal_runs(base / "finished", out)
+
+
+@pytest.mark.parametrize("name,status,workers", [("SIGINT", 130, "0"), ("SIGTERM", 143, "2")])
+def test_the_exit_status_of_a_stopped_process(name, status, workers, base, tmp_path):
+    """A signal to the whole job, loading processes too, as schedulers send it."""
+    out = tmp_path / "out"
+    words = [
+        *WORDS,
+        "--root",
+        str(base / "world"),
+        "--out",
+        str(out),
+        "--steps",
+        "4000",
+        "--workers",
+        workers,
+    ]
+    words = [*words, "--checkpoint-every", "3000", "--threads", "1"]
+    job = subprocess.Popen(
+        [sys.executable, "-m", "alda.loop", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    line = next(line for line in job.stdout if line.startswith("step 6/"))
+    os.killpg(job.pid, getattr(signal, name))
+    rest, errors = job.communicate(timeout=60)
+    assert job.returncode == status, (line, rest, errors)
+    assert (
+        f"--resume --out {out} goes on" in errors and "Traceback" not in errors.split("--resume")[0]
+    )
+    step = torch.load(out / "checkpoints/last.pt", weights_only=True)["step"]
+    assert step >= 6 if name == "SIGTERM" else step == 4
