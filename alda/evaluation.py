@@ -411,6 +411,7 @@ LOOP = {"loop": int, "share": NUMBER, "mIoU19": NUMBER}
 SETTINGS = dict.fromkeys(("strategy", "src", "tgt", "root", "protocol", "test_size"), str)
 SETTINGS |= dict.fromkeys(("target_size", "net", "backbone", "cbda", "image_queries"), str)
 SETTINGS |= {"seed": int, "pixels": int, "restart": bool}
+COMPARED = ("src", "tgt", "net", "backbone", "seed", "budget", "pixels")  # always read
 SETTINGS |= dict.fromkeys(("budget", "unlabelled", "contrast"), NUMBER)
 
 
@@ -652,7 +653,9 @@ def run_settings(path: str | Path) -> dict:
     if not config.is_file():
         return {}
     settings = read_json(config, "settings")["settings"]
-    if wrong := misfits(settings, SETTINGS, "settings"):
+    there = settings if isinstance(settings, dict) else SETTINGS
+    table = {k: kind for k, kind in SETTINGS.items() if k in there or k in COMPARED}
+    if wrong := misfits(settings, table, "settings"):
         raise InputError(
             f"{config}: {', '.join(wrong[:5])} missing or of another kind; restore it from a copy"
         )
