@@ -1,5 +1,4 @@
-"""alda: active learning for domain-adaptive semantic segmentation. Start with ``python -m alda.loop
---help``."""
+"""alda: active learning for domain-adaptive semantic segmentation. Start with `python -m alda`."""
 
 __version__ = "0.1.0"
 IGNORE = 255  # the label of a pixel that has none, in every label map of this package

@@ -12,6 +12,23 @@ Axes: N images (optional), C classes, H rows, W columns. p is the softmax of the
 argmax; k is the region's radius: N_k(i) is the (2k+1) x (2k+1) square around pixel i, cut at the
 image border. Scores take float32, float16 or bfloat16 on any device, compute in float32, and leave
 their inputs unchanged.
+
+Differences from papers and official code:
+
+  D1. Normalisation (RIPU Eqs. 3-5): impurity and uncertainty are divided by log C. The code divides
+      by log 19 also for 16 classes: a constant, ranks are the same.
+  D2. log(x + 1e-6): the code adds 1e-6 in its logarithms, so a pure region gets an impurity of
+      -3e-7 and, among pure regions, the least uncertain one is ranked first. Here 0 log 0 = 0. The
+      gap between the recorded official scores and ours is this (at most C * 1e-6 nats).
+  D3. Ties: equal scores go to the more uncertain, then by a seeded draw (rounds.tie_breaks); the
+      code takes the smaller column, then row (--rules code).
+  D4. Exhausted images: when everything is blocked the code picks pixel (0, 0) again and again. Here
+      fewer picks are returned.
+  D5. CBDA has no public code; its class weights are this project's formula for the paper's words,
+      and a class of weight 0 is not asked at all. Where the last of equal scores do not all fit in
+      the common budget, the images take turns.
+  D6. Quotas of cities (STAL): largest remainders over the remaining images. The code rounds each,
+      halves to even, with a fixed total of 2975, and zurich takes what is missing.
 """
 
 import math
@@ -25,6 +42,43 @@ from alda.distributed import all_gather_list, all_reduce_number
 ROWS = 32  # rows of logits worked on at a time: the temporaries of a strip stay in the cache (CPU) and small (GPU)
 
 
+# ------------------------------------------------------------------------------------ what comes in
+
+
+def check_logits(logits: torch.Tensor) -> None:
+    """Raises ValueError, in one line, for what is no map of logits (C,H,W) or (N,C,H,W), C from 2 to
+    255: NumPy arrays, other ranks, classes on the last axis, integers, probabilities."""
+    if not isinstance(logits, torch.Tensor):
+        kind = type(logits).__module__.split(".")[0]
+        raise ValueError(f"logits must be a torch.Tensor, got a {kind} array: use torch.from_numpy")
+    shape = tuple(logits.shape)
+    if logits.dim() not in (3, 4) or not logits.is_floating_point():
+        raise ValueError(f"logits must be floats (C,H,W) or (N,C,H,W), got {logits.dtype} {shape}")
+    if not 2 <= shape[-3] <= 255:
+        order = "; are the classes on the last axis? use permute" if 2 <= shape[-1] <= 255 else ""
+        raise ValueError(f"logits (C,H,W) need 2 to 255 classes, got {shape[-3]} of {shape}{order}")
+    pixels = logits.flatten(-2)[..., :16].float()  # a few pixels of the first row: (...,C,16)
+    sums_to_1 = ((pixels.sum(-2) - 1).abs() < 1e-3).all()
+    if bool(sums_to_1 & (pixels >= 0).all()):
+        raise ValueError("these are probabilities; give the logits before the softmax")
+
+
+def check_prob(prob: torch.Tensor) -> None:
+    """Raises ValueError, in one line, for what is no map of probabilities (C,H,W) or (N,C,H,W)."""
+    if not isinstance(prob, torch.Tensor):
+        raise ValueError(
+            "prob must be a torch.Tensor; of a NumPy array make one by torch.from_numpy"
+        )
+    shape = tuple(prob.shape)
+    if prob.dim() not in (3, 4) or not 2 <= shape[-3] <= 255:
+        raise ValueError(f"prob must be (C,H,W) or (N,C,H,W) with 2 to 255 classes, got {shape}")
+    pixels = prob.flatten(-2)[..., :16].float()
+    if bool((pixels < 0).any() | ((pixels.sum(-2) - 1).abs() > 0.02).any()):
+        raise ValueError(
+            "prob does not sum to 1 over the classes (axis -3): a softmax may be missing"
+        )
+
+
 # ------------------------------------------------------------------------------------------- scores
 
 
@@ -35,7 +89,9 @@ def entropy(prob: torch.Tensor) -> torch.Tensor:
 
 
 def pixel_entropy(prob: torch.Tensor) -> torch.Tensor:
-    """`entropy` over log C, so in [0,1]: (C,H,W) or (N,C,H,W) -> (H,W) or (N,H,W) float32."""
+    """`entropy` over log C, so in [0,1]: (C,H,W) or (N,C,H,W) -> (H,W) or (N,H,W) float32. Raises
+    ValueError for what is no map of probabilities."""
+    check_prob(prob)
     return entropy(prob) / math.log(prob.shape[-3])
 
 
@@ -47,6 +103,9 @@ def region_impurity(prediction: torch.Tensor, num_classes: int, k: int = 1) -> t
     f_c = n_c / n their share and P(i) = -sum_c f_c log f_c. One class is counted at a time: no
     one-hot of C full planes.
     """
+    if prediction.is_floating_point() or not 2 <= num_classes <= 255:
+        kind = f"{prediction.dtype} and {num_classes} classes"
+        raise ValueError(f"prediction must be integer class ids of 2 to 255 classes, got {kind}")
     # RIPU Eq. (1): n = |N_k(i)|
     area = region_area(prediction.shape[-2:], k, prediction.device)
     total = torch.zeros(prediction.shape, device=prediction.device)
@@ -102,6 +161,7 @@ def entropy_score(logits: torch.Tensor, k: int = 1) -> torch.Tensor:
 def margin_score(logits: torch.Tensor, k: int = 1) -> torch.Tensor:
     """The baseline `margin`: region mean of 1 - (p_1st - p_2nd), (C,H,W) or (N,C,H,W) -> (H,W) or
     (N,H,W) in [0,1]."""
+    check_logits(logits)
     best = torch.cat(
         [strip.float().softmax(-3).topk(2, dim=-3).values for strip in logits.split(ROWS, dim=-2)],
         dim=-2,
@@ -141,6 +201,7 @@ def entropy_and_prediction(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     With z = x - max x:  H = log sum_c e^z_c - (sum_c z_c e^z_c) / (sum_c e^z_c). Of equal maxima the lowest class wins.
     Logits with NaN give NaN entropy. At most 255 classes.
     """
+    check_logits(logits)
     entropies, prediction = [], []
     num_classes = logits.shape[-3]
     for strip in logits.split(ROWS, dim=-2):
@@ -221,14 +282,23 @@ def region_mean(values: torch.Tensor, k: int) -> torch.Tensor:
 def paint(centres: torch.Tensor, radius: int, shape: tuple[int, int]) -> torch.Tensor:
     """The pixels within `radius` (square, cut at the border) of any centre: (n,2) int64 -> (H,W)
     bool, centres' device."""
+    height, width = shape
+    if centres.dim() != 2 or centres.shape[1] != 2 or centres.is_floating_point():
+        raise ValueError(
+            f"centres must be integers (n,2), got {centres.dtype} {tuple(centres.shape)}"
+        )
+    rows, columns = centres.unbind(1)
+    if bool(((rows < 0) | (rows >= height) | (columns < 0) | (columns >= width)).any()):
+        raise ValueError(f"a centre lies outside the {height}x{width} image")
     mask = torch.zeros(tuple(shape), dtype=torch.uint8, device=centres.device)
     mask[centres[:, 0], centres[:, 1]] = 1
     return dilate(mask.bool(), radius)
 
 
 def dilate(mask: torch.Tensor, radius: int) -> torch.Tensor:
-    """The pixels within `radius` (square) of a True pixel: (H,W) bool -> (H,W) bool."""
-    return box_sum(mask.to(torch.uint8), radius) > 0
+    """The pixels within `radius` (square) of a True pixel: (H,W) bool, or uint8 where not 0 is True ->
+    (H,W) bool."""
+    return box_sum((mask != 0).to(torch.uint8), radius) > 0
 
 
 # ---------------------------------------------------------------------------------------- selection
@@ -260,6 +330,10 @@ def select_regions(
     every candidate that no earlier pick has blocked. A quarter of them is nearly always enough and
     is tried first. Raises ValueError for other shapes, and for a count or radius below 0.
     """
+    if not isinstance(score, torch.Tensor):
+        raise ValueError(
+            "score must be a torch.Tensor; of a NumPy array make one by torch.from_numpy"
+        )
     wrong = score.dim() != 2 or count < 0 or block_radius < 0
     if wrong or any(x is not None and x.shape[-2:] != score.shape for x in (blocked, tie_break)):
         shapes = [None if x is None else tuple(x.shape) for x in (score, blocked, tie_break)]
@@ -272,7 +346,7 @@ def select_regions(
     values = score.detach().float()
     values = values.masked_fill(values.isnan(), -math.inf)
     if blocked is not None:
-        values = values.masked_fill(blocked.to(values.device), -math.inf)
+        values = values.masked_fill(blocked.to(values.device).bool(), -math.inf)
     values = values.cpu().numpy().ravel()
     ties = np.empty((0, values.size), np.float32)
     if tie_break is not None:
@@ -366,6 +440,9 @@ def class_balanced(
 ) -> torch.Tensor:
     """A pixel predicted as c is ranked by w_c * score: score and prediction (...,H,W), weights (C,)
     -> (...,H,W) float32."""
+    if score.shape != prediction.shape:
+        shapes = f"{tuple(score.shape)} and {tuple(prediction.shape)}"
+        raise ValueError(f"score and prediction must have one shape, got {shapes}")
     return score * weights.to(score.device, torch.float32)[prediction.long()]
 
 
@@ -427,11 +504,11 @@ class GlobalBudget:
         """
         # CBDA, dynamic acquisition: the `count` highest scores of all images win
         self.threshold = self._keep_best(all_reduce_number, all_gather_list)
-        return {
-            name: torch.from_numpy(centres.astype(np.int64))
-            for name, (_, centres) in self.images.items()
-            if len(centres)
-        }
+        picks = {}
+        for name, (_, centres) in self.images.items():
+            if len(centres):
+                picks[name] = torch.from_numpy(centres.astype(np.int64))
+        return picks
 
     def scores(self) -> dict:
         """{image_id: (n,) float32} of the picks of this process's images, as `select` gave them."""

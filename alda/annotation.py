@@ -1,5 +1,4 @@
-"""Rounds on disk, the oracle, the ledger, readers of labels. Who answers, and where do the answers
-live?
+"""Rounds on disk, oracle, ledger, readers of labels. Who answers, and where do answers live?
 
     from alda.annotation import Rounds, bought_labels, ground_truth
     rounds = Rounds(out / "rounds")
@@ -29,7 +28,6 @@ from PIL import Image
 from alda import IGNORE, InputError
 from alda.datasets import (
     NAMES,
-    NUM_CLASSES,
     PICTURE_ERRORS,
     PSEUDO,
     SegmentationDataset,
@@ -61,10 +59,11 @@ def ground_truth(dataset: SegmentationDataset, index: int):
 
 
 class Rounds:
-    """The rounds of a run, of queries or of pseudo-labels, on disk below `folder`."""
+    """The rounds of a run, of queries or of pseudo-labels, on disk below `folder`; `names` of the
+    classes that the ledger counts."""
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, names: tuple[str, ...] = NAMES):
+        self.folder, self.names = Path(folder), tuple(names)
         self.sums: dict[int, dict[str, str] | None] = {}  # of the rounds read so far, see `files`
 
     def complete(self) -> int:
@@ -83,7 +82,7 @@ class Rounds:
         return self.folder / f"{number:02d}"
 
     def new(self, number: int) -> "NewRound":
-        return NewRound(self.path(number))
+        return NewRound(self.path(number), self.names)
 
     def record(self, number: int) -> dict:
         """The ledger of round `number`: its round.json but for the sums of its files."""
@@ -93,7 +92,7 @@ class Rounds:
         if "kind" not in record:  # of queries
             kinds |= {**dict.fromkeys(LEDGER, int), "images": dict}
         wrong = [name for name, kind in kinds.items() if not isinstance(record.get(name), kind)]
-        if wrong or not record["classes"].keys() >= set(NAMES):
+        if wrong or not record["classes"].keys() >= set(self.names):
             raise InputError(
                 f"{path}: {', '.join(wrong or ['classes'])} missing or of another kind; restore it "
                 "from a copy"
@@ -157,7 +156,7 @@ class Rounds:
         union = torch.full(tuple(shape), IGNORE, dtype=torch.uint8)
         for number in range(1, self._upto(upto) + 1):
             answers = self.read(number, "answers", image_id, shape, IGNORE)
-            check_ids(answers, f"{self.path(number) / 'answers' / image_id}.png")
+            check_ids(answers, f"{self.path(number) / 'answers' / image_id}.png", len(self.names))
             union = torch.where(answers != IGNORE, answers, union)
         return union
 
@@ -204,10 +203,10 @@ class NewRound:
     """A round of queries being written: a context manager that completes the folder when every
     image is in it."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, names: tuple[str, ...] = NAMES):
+        self.path, self.names = path, names
         self.images: dict[str, dict] = {}
-        self.classes = np.zeros(NUM_CLASSES, np.int64)
+        self.classes = np.zeros(len(names), np.int64)
         self.notes: dict = {}  # what else belongs into round.json: score threshold, class weights, ...
 
     def __enter__(self) -> "NewRound":
@@ -236,14 +235,14 @@ class NewRound:
         """
         asked = asked.cpu()
         answers = oracle(asked)
-        check_answers(image_id, asked, answers)
+        check_answers(image_id, asked, answers, len(self.names))
         if not asked.any():
             return answers
         write_map(self.work / "queries" / f"{image_id}.png", asked.to(torch.uint8) * 255)
         write_map(self.work / "answers" / f"{image_id}.png", answers)
         labelled = int((answers != IGNORE).sum())
         self.classes += torch.bincount(answers.flatten().long(), minlength=256)[
-            :NUM_CLASSES
+            : len(self.names)
         ].numpy()
         trained = int((resize_labels(answers, training_size, keep_labels) != IGNORE).sum())
         self.images[image_id] = {
@@ -272,13 +271,13 @@ class NewRound:
             - total["labelled"],  # of those, pixels that the truth leaves out
             "trained": total["trained"],  # labelled cells after resizing to the training size
             "regions": total["regions"],  # picks
-            "classes": dict(zip(NAMES, self.classes.tolist(), strict=True)),
+            "classes": dict(zip(self.names, self.classes.tolist(), strict=True)),
             **self.notes,
             "images": self.images,
         }
 
 
-def check_answers(image_id: str, asked: torch.Tensor, answers: torch.Tensor) -> None:
+def check_answers(image_id: str, asked: torch.Tensor, answers: torch.Tensor, classes: int) -> None:
     """Raises InputError where `answers` are none to the question `asked` (H,W) bool."""
     file_name(image_id)
     if answers.dtype != torch.uint8 or answers.shape != asked.shape:
@@ -286,7 +285,7 @@ def check_answers(image_id: str, asked: torch.Tensor, answers: torch.Tensor) -> 
             f"the oracle's answer for {image_id} is {tuple(answers.shape)} {answers.dtype}, expected "
             f"{tuple(asked.shape)} torch.uint8"
         )
-    check_ids(answers, f"the oracle's answer for {image_id}")
+    check_ids(answers, f"the oracle's answer for {image_id}", classes)
     unasked = int(((answers != IGNORE) & ~asked).sum())
     if unasked:
         raise InputError(
@@ -295,13 +294,13 @@ def check_answers(image_id: str, asked: torch.Tensor, answers: torch.Tensor) -> 
         )
 
 
-def check_ids(labels: torch.Tensor, what: str) -> None:
+def check_ids(labels: torch.Tensor, what: str, classes: int) -> None:
     """Raises InputError, beginning with `what`, for labels that are no train ids."""
-    wrong = (labels >= NUM_CLASSES) & (labels != IGNORE)
+    wrong = (labels >= classes) & (labels != IGNORE)
     if wrong.any():
         ids = labels[wrong].unique()[:8].tolist()
         raise InputError(
-            f"{what}: holds the ids {ids}, expected train ids 0..{NUM_CLASSES - 1} or 255 (none)"
+            f"{what}: holds the ids {ids}, expected train ids 0..{classes - 1} or 255 (none)"
         )
 
 
@@ -315,10 +314,11 @@ def ledger(records: list[dict]) -> dict:
     class and their entropy (over log C), and how many images were asked."""
     total = {key: sum(r[key] for r in records) for key in LEDGER}
     total["images"] = len({image for r in records for image in r["images"]})
-    total["classes"] = {name: sum(r["classes"][name] for r in records) for name in NAMES}
+    names = list(records[0]["classes"]) if records else NAMES
+    total["classes"] = {name: sum(r["classes"][name] for r in records) for name in names}
     share = torch.tensor([*total["classes"].values()]).double() / max(1, total["labelled"])
     # 1: all classes alike
-    total["class_entropy"] = (torch.special.entr(share).sum() / math.log(NUM_CLASSES)).item()
+    total["class_entropy"] = (torch.special.entr(share).sum() / math.log(len(names))).item()
     return total
 
 
@@ -340,7 +340,7 @@ def pseudo_labels(
     none."""
     sample = target.samples[index]
     labels = pseudo.read(number, "labels", sample.id, sample.size, IGNORE)
-    check_ids(labels, f"{pseudo.path(number) / 'labels' / sample.id}.png")
+    check_ids(labels, f"{pseudo.path(number) / 'labels' / sample.id}.png", len(pseudo.names))
     return labels
 
 

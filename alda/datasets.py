@@ -10,6 +10,18 @@ sampling: RIPU's official code.
 
 Axes: N images, C classes, H rows, W columns. Labels are uint8 train ids 0..18 with 255 = ignore,
 everywhere.
+
+Differences from papers and official code:
+
+ D17. Labels at the training size: the code's nearest-neighbour resizing is the default, because the
+      published numbers were made with it; it keeps about 39 % of the bought pixels at 1280x640.
+      --keep-labels loses none.
+ D18. Source sampling: class-balanced as in RIPU's code, of which the paper is silent (--source-
+      sampling uniform). Presence of classes is read from the labels, no published list is needed;
+      each sub-epoch shuffles the lists anew.
+ D19. Padding of a crop is 255 in the labels; STAL's code pads them with 0, road.
+ D20. One space of 19 train ids: STAL's code pastes GTA5's palette as grey levels and SYNTHIA's 16
+      ids among Cityscapes' 19, and resizes SYNTHIA's labels bilinearly, which invents classes.
 """
 
 import atexit

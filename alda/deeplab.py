@@ -1,5 +1,4 @@
-"""The segmentation networks: DeepLabV2 and DeepLabV3+ on torchvision ResNets, as the compared
-systems build them.
+"""DeepLabV2 and DeepLabV3+ on torchvision ResNets, as the systems build them. What is the network?
 
     from alda.deeplab import build, load_checkpoint, parameter_groups, upsample
 
@@ -31,6 +30,15 @@ Details that decide whether a network is the official one:
  8. Every resize is bilinear with align_corners=True.
 
 Letters: N images, C classes, K features, H x W the images' size, h x w the size of a feature map.
+
+Differences from papers and official code:
+
+ D21. Frozen batch norm has no epsilon in RIPU's code, and in the V3+ head it is the identity:
+      reproduced, because the published numbers were made with it. --init none needs live batch
+      norm.
+ D22. STAL's 3-convolution stem has no torchvision weights: the default network has torchvision's
+      stem; stem='deep' reads STAL's own checkpoints. CRST's network pools with ceil_mode by
+      recollection, not by a recorded output.
 """
 
 import hashlib

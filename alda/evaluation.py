@@ -1,5 +1,4 @@
-"""Confusion matrix, IoU over 19/16/13 classes, protocols, export, pictures, comparison. How good is
-it?
+"""Measures, protocols, prediction export, pictures, comparison of runs. How good is it?
 
     python -m alda.evaluation score   RUN_OR_CHECKPOINT --tgt cityscapes --root /data --protocol sliding
     python -m alda.evaluation predict RUN_OR_CHECKPOINT --tgt cityscapes --root /data --split test --to predictions/
@@ -8,28 +7,33 @@ it?
 
 Axes: N images, C classes, H rows, W columns. Prediction and labels are (…,H,W) integer train ids,
 255 = ignore.
+
+Differences from papers and official code:
+
+ D29. Classes that do not occur in the truth have no IoU and are left out of the mean, which says
+      over how many it is; the code counts them as 0.
+ D30. The last checkpoint is scored; STAL's code reports the best one on the set it reports.
 """
 
 import argparse
 import csv
+import hashlib
 import json
 import math
+import statistics
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from alda import InputError, deeplab
+from alda import IGNORE, InputError, deeplab
 from alda.datasets import (
     CLASS_SETS,
-    CLASSES,
     NAMES,
     NUM_CLASSES,
     SegmentationDataset,
-    colourise,
     normalise,
     open_dataset,
     parse_size,
@@ -38,6 +42,7 @@ from alda.datasets import (
     to_label_ids,
 )
 from alda.distributed import all_reduce, rank_and_world
+from alda.pictures import new_figure
 
 # ------------------------------------------------------------------------------------------ measure
 
@@ -48,16 +53,21 @@ def confusion_matrix(
     """Pixel counts (num_classes, num_classes) int64, rows = truth, columns = predicted, on the
     inputs' device.
 
-    Pixels whose label is outside 0..num_classes-1 (255 = ignore) are left out. Raises ValueError
-    where a counted pixel's prediction is outside 0..num_classes-1: it would be lost or counted as
-    another class.
+    Pixels whose label is 255 are left out. Raises ValueError for maps of different shapes, for another
+    label outside 0..num_classes-1, and where a counted pixel's prediction is outside: it would be lost
+    or counted as another class.
     """
-    valid = (labels >= 0) & (labels < num_classes)
-    wrong = valid & ((prediction < 0) | (prediction >= num_classes))
-    if wrong.any():
-        raise ValueError(
-            f"prediction holds {prediction[wrong][0].item()} at a labelled pixel, outside 0..{num_classes - 1}"
-        )
+    if prediction.shape != labels.shape or prediction.is_floating_point():
+        found = f"{prediction.dtype} {tuple(prediction.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"prediction and labels must be integer maps of one shape, got {found}")
+    valid = labels != IGNORE
+    for name, values in (("prediction", prediction), ("labels", labels)):
+        wrong = valid & ((values < 0) | (values >= num_classes))
+        if wrong.any():
+            found = values[wrong][0].item()
+            raise ValueError(
+                f"{name} holds {found} at a labelled pixel, outside 0..{num_classes - 1}"
+            )
     cells = labels[valid].long() * num_classes + prediction[valid].long()
     return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
 
@@ -71,17 +81,20 @@ def iou(matrix: torch.Tensor) -> torch.Tensor:
     return (true_positive / union.clamp(min=1)).masked_fill(~present, torch.nan)
 
 
-def summary(matrix: torch.Tensor) -> dict:
+def summary(matrix: torch.Tensor, names: tuple[str, ...] = NAMES) -> dict:
     """mIoU over 19, 16 and 13 classes (fractions), over how many of them the means are, the lowest
     class, per-class IoU, and the classes left out as absent.
 
     A mean is over the classes of its set that occur in the truth: one over classes that happen to be
-    predicted would be no fixed measure.
+    predicted would be no fixed measure. `names` of other classes: one mean, "mIoUn" over all n.
     """
+    if len(names) != len(matrix):
+        raise ValueError(f"{len(names)} names for a matrix of {len(matrix)} classes")
+    sets = CLASS_SETS if tuple(names) == NAMES else {str(len(names)): tuple(range(len(names)))}
     values = iou(matrix.cpu())
     present = ~values.isnan()
     result: dict = {}
-    for name, members in CLASS_SETS.items():
+    for name, members in sets.items():
         kept = values[list(members)]
         kept = kept[~kept.isnan()]
         result[f"mIoU{name}"] = kept.mean().item() if len(kept) else None
@@ -90,8 +103,8 @@ def summary(matrix: torch.Tensor) -> dict:
     lowest = min(there, key=lambda i: values[i].item(), default=None)
     result["lowest"] = None
     if lowest is not None:
-        result["lowest"] = {"class": NAMES[lowest], "IoU": values[lowest].item()}
-    pairs = list(zip(NAMES, values.tolist(), present.tolist(), strict=True))
+        result["lowest"] = {"class": names[lowest], "IoU": values[lowest].item()}
+    pairs = list(zip(names, values.tolist(), present.tolist(), strict=True))
     result["IoU"] = {name: value if there else None for name, value, there in pairs}
     result["absent"] = [name for name, _, there in pairs if not there]
     return result
@@ -104,7 +117,7 @@ def describe(result: dict) -> str:
         for n, v in result["IoU"].items()
     ]
     means = []
-    for name in CLASS_SETS:
+    for name in [key.removeprefix("mIoU") for key in result if key.startswith("mIoU")]:
         value = result[f"mIoU{name}"]
         if value is not None:
             means.append(f"mIoU{name} {100 * value:.2f} over {result[f'classes{name}']} classes")
@@ -248,86 +261,6 @@ def evaluate(model, dataset: SegmentationDataset, protocol: Protocol, device) ->
     return {**summary(matrix), "protocol": str(protocol), "images": len(dataset)}
 
 
-# ----------------------------------------------------------------------------------------- pictures
-
-
-def picture(panels: dict[str, torch.Tensor], size: tuple[int, int]) -> Image.Image:
-    """Titled panels side by side, each shown at `size` (H, W).
-
-    A panel is an RGB image (3,H,W) uint8, a label map (H,W) uint8 (class colours), a bool map, or a
-    float map (grey, stretched from its minimum to its maximum).
-    """
-    height, width = size
-    sheet = Image.new("RGB", (len(panels) * (width + 4) - 4, height + 14), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (title, values) in enumerate(panels.items()):
-        draw.text((i * (width + 4) + 2, 1), title, fill="black")
-        sheet.paste(
-            Image.fromarray(_panel(values.cpu())).resize((width, height), Image.NEAREST),
-            (i * (width + 4), 14),
-        )
-    return sheet
-
-
-def _panel(values: torch.Tensor) -> np.ndarray:
-    if values.ndim == 3:
-        return values.permute(1, 2, 0).numpy()
-    if values.dtype == torch.bool:
-        return np.repeat(values.numpy()[..., None] * np.uint8(255), 3, axis=2)
-    if values.is_floating_point():
-        values = values.nan_to_num(0, 0, 0)
-        span = (values.max() - values.min()).clamp(min=1e-12)
-        return np.repeat(
-            ((values - values.min()) / span * 255).to(torch.uint8).numpy()[..., None], 3, axis=2
-        )
-    return colourise(values.numpy())
-
-
-def new_figure(size: tuple[float, float]):
-    """(figure, axes) of matplotlib in inches, or None where matplotlib is not installed (it is
-    optional)."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots()
-
-
-def class_picture(classes: dict[str, int], path: Path, balanced: bool) -> None:
-    """Bars of the labelled pixels per class (shares) as a PNG; with `balanced` against CBDA's
-    uniform target distribution.
-
-    Needs matplotlib (`pip install 'alda[plot]'`); without it nothing is drawn, and the run says so
-    once.
-    """
-    drawing = new_figure((9, 3))
-    if drawing is None:
-        if path.parent.name == "round-01":
-            print(
-                "class histograms are not drawn: they need matplotlib (pip install 'alda[plot]')",
-                flush=True,
-            )
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    total = max(1, sum(classes.values()))
-    figure, axes = drawing
-    colours = [tuple(v / 255 for v in c.colour) for c in CLASSES]
-    axes.bar(
-        range(NUM_CLASSES),
-        [n / total for n in classes.values()],
-        color=colours,
-        label="labelled so far",
-    )
-    if balanced:
-        uniform = [1 / NUM_CLASSES] * NUM_CLASSES
-        axes.plot(range(NUM_CLASSES), uniform, "k_", markersize=14, label="target distribution")
-    axes.set_xticks(range(NUM_CLASSES), classes, rotation=60, ha="right")
-    axes.set_ylabel("share of labelled pixels")
-    axes.legend()
-    figure.savefig(path, dpi=80)
-
-
 # ------------------------------------------------------------------------------------------ compare
 
 
@@ -336,59 +269,24 @@ def comparison(runs: list[str], mixed: bool = False) -> list[dict]:
     how good it is.
 
     Raises InputError for a run that has no result, and, unless `mixed`, for runs that were not
-    tested alike: another protocol, target dataset or number of images.
+    tested alike: another protocol, target dataset or number of images or classes.
     """
     rows = []
     for run in runs:
         path = Path(run) / "result.json"
-        if not path.is_file():
-            raise InputError(
-                f"{run}: holds no result.json; give folders of finished runs (--out of alda.loop)"
-            )
-        result, s = checked_result(path), run_settings(run)
-        if not s:
-            raise InputError(
-                f"{run}: holds no config.json; give folders of finished runs (--out of alda.loop)"
-            )
-        budget = result["budget"]
-        asked_for = s["budget"] if budget["asked"] else None
-        if s["pixels"]:
-            asked_for = f"{s['pixels']} px an image"
-        teacher = (
-            {"student mIoU19": _percent(result["student"]["mIoU19"])} if "student" in result else {}
-        )
-        rows.append(
-            {
-                "run": Path(run).name,
-                "strategy": strategy_text(result, s),
-                "source": s["src"],
-                "target": s["tgt"],
-                "tested on": f"{s['tgt']}, {result['images']} images",
-                "protocol": result["protocol"],
-                "network": f"{s['net']} {s['backbone']}",
-                "seed": s["seed"],
-                "steps": result["steps"],
-                "source images": result.get("source_images"),
-                "budget asked for": asked_for,
-                "pixels asked": budget["asked"],
-                "% of pixels": _percent(budget.get("share")),
-                "images asked": budget["images"],
-                "pixels trained": budget["trained"],
-                "class entropy": round(budget["class_entropy"], 3) if budget["asked"] else None,
-                **{f"mIoU{n}": _percent(result[f"mIoU{n}"]) for n in CLASS_SETS},
-                **teacher,
-                "lowest class": result["lowest"]["class"],
-                "lowest IoU": _percent(result["lowest"]["IoU"]),
-                **{f"IoU {name}": _percent(result["IoU"][name]) for name in NAMES},
-                "toy": result["toy"],
-            }
-        )
+        s = run_settings(run)
+        for name, there in (("result.json", path.is_file()), ("config.json", s)):
+            if not there:
+                hint = "give folders of finished runs (--out of alda.loop)"
+                raise InputError(f"{run}: holds no {name}; {hint}")
+        rows.append(comparison_row(str(run), checked_result(path), s))
     for key in ("protocol", "tested on"):
         kinds = sorted({row[key] for row in rows})
         if len(kinds) > 1 and not mixed:
             raise InputError(
-                f"these runs have different values of {key!r} and cannot be compared: {'; '.join(kinds)}; score them alike "
-                "with `score`, or say --mixed to lay them side by side all the same"
+                f"these runs have different values of {key!r} and cannot be compared: "
+                f"{'; '.join(kinds)}; score them alike with `score`, or say --mixed to lay them side "
+                "by side all the same"
             )
     return rows
 
@@ -443,6 +341,81 @@ def checked_result(path: Path) -> dict:
     return result
 
 
+def comparison_row(run: str, result: dict, s: dict) -> dict:
+    """What `compare` says of a run: {fact: value}."""
+    budget, present = result["budget"], sum(v is not None for v in result["IoU"].values())
+    asked_for = s["budget"] if budget["asked"] else None
+    if s["pixels"]:
+        asked_for = f"{s['pixels']} px an image"
+    teacher = {}
+    if "student" in result:
+        teacher = {"student mIoU19": _percent(result["student"]["mIoU19"])}
+    return {
+        "run": run,
+        "strategy": strategy_text(result, s),
+        "source": s["src"],
+        "target": s["tgt"],
+        "tested on": f"{s['tgt']}, {result['images']} images, {present} classes",
+        "protocol": result["protocol"],
+        "network": f"{s['net']} {s['backbone']}",
+        "seed": s["seed"],
+        "recipe": recipe(s),
+        "steps": result["steps"],
+        "source images": result.get("source_images"),
+        "budget asked for": asked_for,
+        "pixels asked": budget["asked"],
+        "% of pixels": _percent(budget.get("share")),
+        "images asked": budget["images"],
+        "pixels trained": budget["trained"],
+        "class entropy": round(budget["class_entropy"], 3) if budget["asked"] else None,
+        "before: mIoU19": _percent(result.get("before", {}).get("mIoU19")),
+        **{f"mIoU{n}": _percent(result[f"mIoU{n}"]) for n in CLASS_SETS},
+        **teacher,
+        "lowest class": result["lowest"]["class"],
+        "lowest IoU": _percent(result["lowest"]["IoU"]),
+        **{f"IoU {name}": _percent(result["IoU"][name]) for name in NAMES},
+        "toy": result["toy"],
+    }
+
+
+def recipe(s: dict) -> str:
+    """Eight letters that two runs share exactly when their settings are equal in everything but the
+    seed and what changes no result; a start of --init FILE counts without the seed in its path."""
+    free = (
+        "seed",
+        "out",
+        "root",
+        "resume",
+        "device",
+        "workers",
+        "threads",
+        "log_every",
+        "pictures",
+    )
+    kept = {name: value for name, value in s.items() if name not in free}
+    if "init" in kept:
+        kept["init"] = str(kept["init"]).replace(str(s["seed"]), "SEED")
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def means_text(rows: list[dict]) -> str:
+    """A line for each recipe that ran with several seeds: mean and standard deviation of mIoU19."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row["recipe"], []).append(row)
+    lines = []
+    for name, group in groups.items():
+        if len({row["seed"] for row in group}) > 1:
+            values = [row["mIoU19"] for row in group]
+            seeds = ", ".join(str(row["seed"]) for row in group)
+            mean, spread = statistics.mean(values), statistics.stdev(values)
+            what = f"{group[0]['strategy']} ({name}, budget {group[0]['budget asked for']})"
+            lines.append(
+                f"{what}: mIoU19 {mean:.2f} +- {spread:.2f}, n = {len(values)}, seeds {seeds}"
+            )
+    return "".join(f"\n{line}" for line in lines)
+
+
 def strategy_text(result: dict, s: dict) -> str:
     """A strategy with what makes its runs differ: CBDA's part, pseudo-labels, STAL's ablation."""
     text = result["strategy"]
@@ -464,23 +437,19 @@ def comparison_text(rows: list[dict]) -> str:
     """The rows as text: one line a fact, one column a run, so that any number of classes stays
     readable."""
     facts = list(dict.fromkeys(key for row in rows for key in row if key != "toy"))
-    cells = [
-        [fact, *("-" if row.get(fact) is None else f"{row[fact]}" for row in rows)]
-        for fact in facts
-    ]
-    same = [
-        line
-        for line in cells
-        if len(set(line[1:])) == 1 and not line[0].startswith(("IoU", "mIoU"))
-    ]
-    rest = [line for line in cells if line not in same]
+    same, rest = [], []
+    for fact in facts:
+        line = [fact, *("-" if row.get(fact) is None else f"{row[fact]}" for row in rows)]
+        alike = len(set(line[1:])) == 1 and not fact.startswith(("IoU", "mIoU"))
+        (same if alike else rest).append(line)
     widths = [max(len(line[i]) for line in rest) for i in range(len(rows) + 1)]
-    table = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-             for line in rest]  # fmt: skip
+    table = []
+    for fact, *values in rest:
+        cells = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
+        table.append("  ".join([fact.ljust(widths[0]), *cells]))
     mark = "TOY: numbers on the miniature world\n" if any(row["toy"] for row in rows) else ""
-    return (
-        mark + "".join(f"{fact}: {values[0]}\n" for fact, *values in same) + "\n" + "\n".join(table)
-    )
+    alike = "".join(f"{fact}: {values[0]}\n" for fact, *values in same)
+    return mark + alike + "\n" + "\n".join(table) + means_text(rows)
 
 
 def comparison_picture(runs: list[str], rows: list[dict], path: Path) -> None:
@@ -490,7 +459,7 @@ def comparison_picture(runs: list[str], rows: list[dict], path: Path) -> None:
     if drawing is None:
         raise InputError("--plot needs matplotlib: pip install 'alda[plot]'")
     figure, axes = drawing
-    lines: dict[str, dict] = {}  # name: {budget: [(share, mIoU19) of each seed]}
+    lines: dict[str, dict] = {}  # name: {(budget, recipe): [(share, mIoU19) of each seed]}
     for run, row in zip(runs, rows, strict=True):
         result = json.loads((Path(run) / "result.json").read_text())
         points = {
@@ -506,14 +475,15 @@ def comparison_picture(runs: list[str], rows: list[dict], path: Path) -> None:
                     f"{run}: does not say which share of the pixels it asked (an older version); left out of the picture"
                 )
                 continue
-            line = lines.setdefault(f"{row['strategy']}, {row['source']}, {row['network']}", {})
-            line.setdefault(budget, []).append(point)
+            name = f"{row['strategy']}, {row['source']}, {row['network']}"
+            line = lines.setdefault(name, {})
+            line.setdefault((budget, row["recipe"]), []).append(point)
     for name, budgets in lines.items():
         means = sorted(
             [100 * sum(values) / len(points) for values in zip(*points, strict=True)]
             for points in budgets.values()
         )
-        # means over seeds; the seeds are dots
+        # means over runs that differ in the seed alone; the runs are dots
         (line,) = axes.plot(*zip(*means, strict=True), "o-", label=name)
         every = [(100 * share, 100 * miou) for points in budgets.values() for share, miou in points]
         axes.plot(*zip(*every, strict=True), ".", color=line.get_color())

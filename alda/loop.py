@@ -11,6 +11,22 @@ is STAL. RIPU: Xie et al., CVPR 2022, arXiv 2111.12940. CBDA: Schachtsiek, Rossi
 
 Axes: N images, C classes, H rows, W columns; a batch is [images (N,3,H,W) float32, labels (N,H,W)
 uint8].
+
+Differences from papers and official code:
+
+ D23. Live batch norm sees source and target of RIPU's step in one pass where both have one size, so
+      that its running statistics are of the mixture it is tested with. With frozen batch norm one
+      pass or two give the same. STAL's labelled and unlabelled images pass apart, as in its code.
+ D24. STAL's schedule falls with every step (drop share, start of the contrastive loss), the code's
+      with every epoch. Loops go on from the teacher; the code starts each from ImageNet
+      (--restart).
+ D25. STAL's third loop asks 84 images: 5 % of 2,975 is 148.75, the paper says 150.
+ D26. Not built of STAL's code, also with --rules code: a consistency loss on the labelled images
+      (teacher's argmax). Its lists of 2,000 source images are drawn by seed here.
+ D27. Source-free RIPU keeps the paper's region radius 1; the official configuration has 9 (--rules
+      code).
+ D28. CBST: 6 rounds as its README (CRST's script trains 3); patches are mined in the target only,
+      as CRST's script.
 """
 
 import json
@@ -26,8 +42,23 @@ import numpy as np
 import torch
 
 from alda import IGNORE, InputError, deeplab, toy
-from alda.annotation import Rounds, bought_and_pseudo, bought_labels, ledger, pseudo_labels
-from alda.datasets import PSEUDO, TrainingView, mix_seed, open_dataset, truth_inside, write_atomic
+from alda.annotation import (
+    Rounds,
+    bought_and_pseudo,
+    bought_labels,
+    ledger,
+    pseudo_labels,
+    read_map,
+)
+from alda.datasets import (
+    CLASS_SETS,
+    PSEUDO,
+    TrainingView,
+    mix_seed,
+    open_dataset,
+    truth_inside,
+    write_atomic,
+)
 from alda.distributed import barrier, join, leave, rank_and_world, world_size
 from alda.evaluation import describe, evaluate, pick_device, protocol_of
 from alda.losses import (
@@ -37,11 +68,14 @@ from alda.losses import (
     local_consistency,
     negative_learning,
 )
+from alda.pictures import save_story
 from alda.rounds import (
     ask_images,
     ask_pixels,
     check_budget,
     label_target,
+    logits_of,
+    over_target,
     pseudo_schedule,
     query_schedule,
     source_prior,
@@ -126,6 +160,7 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
         number, guess = bisect_right(schedule, step), bisect_right(guesses, step)
         bought = partial(bought_labels, target, rounds, number)
         if step in schedule and rounds.complete() < number:
+            note_before(s, run, run.model, validation, step)
             run.save(step)
             ask_pixels(s, run, target, rounds, number)
         if step in guesses and pseudo.complete() < guess:
@@ -161,12 +196,14 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
         run.log(step + 1, L)
         evaluate_and_save(s, run, validation, step + 1)
 
-    return {
+    result = {
         **evaluate(run.model, validation, protocol_of(s), device),
-        **report(s, source, target, rounds),
+        **report(s, source, target, rounds, run=run),
         **({"cbda": s.cbda} if s.strategy == "cbda" else {}),
         **({"pseudo": s.pseudo, "pseudo_rounds": records_of(pseudo)} if guesses else {}),
     }
+    draw_story(s, run, run.model, target, rounds, schedule, result)
+    return result
 
 
 def forward_both(model, source, target) -> list[torch.Tensor | None]:
@@ -239,6 +276,7 @@ def train_cbst(s: Settings, out: Path, device: torch.device) -> dict:
         number = bisect_right(starts, step)
         local = step - starts[number - 1]
         if local == 0 and rounds.complete() < number:
+            note_before(s, run, run.model, validation, step)
             run.save(step)
             if s.strategy == "cbst-sp":
                 prior = source_prior(s, source, device)
@@ -259,11 +297,14 @@ def train_cbst(s: Settings, out: Path, device: torch.device) -> dict:
         run.log(step + 1, {"cross_entropy": loss})
         evaluate_and_save(s, run, validation, step + 1)
 
-    return {
+    nothing_asked = Rounds(out / "rounds")
+    result = {
         **evaluate(run.model, validation, protocol_of(s), device),
-        **report(s, source, target, Rounds(out / "rounds"), chosen[-1]),
+        **report(s, source, target, nothing_asked, chosen[-1], run),
         "pseudo_rounds": records_of(rounds),
     }
+    draw_story(s, run, run.model, target, nothing_asked, starts[:-1], result)
+    return result
 
 
 def source_counts(s: Settings, images: int) -> list[int]:
@@ -347,15 +388,11 @@ def train_source(s: Settings, out: Path, device: torch.device) -> Settings:
 
 def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
     """STAL (ILM-ASSL): mean-teacher self-training, in loops that each begin by asking for whole
-    images. Returns the result.
+    images. Returns the result, the teacher's.
 
     Loop 1 asks for random images spread over the groups, later loops for those that the teacher is
-    least sure of. A loop goes on from the last teacher, or with --restart from --init (as the
-    official configurations; of the paper's text this was not at hand). An epoch is a pass over the
-    unlabelled images. Labelled and unlabelled images pass apart, as in the official code: live batch
-    norm never normalises them together. The teacher is reported. What can be left out: --unlabelled
-    0, --contrast 0, --auxiliary 0, --no-copy-paste, --no-cutmix, --no-class-keep, --ohem-threshold 1,
-    --drop 0. Runs on one device or, started by torchrun, on several.
+    least sure of. An epoch is a pass over the unlabelled images. Labelled and unlabelled images pass
+    apart: live batch norm never normalises them together. Every part can be left out: see --help-all.
     """
     source, target = open_dataset(s.src, s.root), open_dataset(s.tgt, s.root, "train")
     validation = open_dataset(s.tgt, s.root, "val")
@@ -375,6 +412,7 @@ def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
         number = bisect_right(starts, step)
         local, length = step - starts[number - 1], starts[number] - starts[number - 1]
         if local == 0:
+            note_before(s, run, state.teacher, validation, step)
             ask_images(s, run, state.teacher, target, rounds, number, counts[number - 1])
             if number > 1:
                 state.begin_loop()
@@ -382,24 +420,24 @@ def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
             labelled, pasted, unlabelled = loop_batches(s, source, target, rounds, number, local)
 
         run.set_rate(poly(local, length))
-        generator, confidence = step_generator(s, step, device), state.confidence.value
+        generator, bank = step_generator(s, step, device), state.bank
         others = draw_others(s, state, step, generator)
         batch, other = next_batch(labelled, device), next_batch(pasted, device)
-        images, labels = paste(s, batch, other, confidence, generator)
+        images, labels = paste(s, batch, other, state.confidence.value, generator)
         L, health = dict.fromkeys(("supervised", "unlabelled", "contrastive"), 0.0), {}
-        with run.autocast():
+        with run.autocast():  # passes 1 and 2: student and teacher, in train mode, labelled images
             logits, features, auxiliary = run.forward(images, extras=True)
-            prob_l, features_l = train_mode(state.teacher, images)
+            taught_logits, taught = train_mode(state.teacher, images)
         logits = deeplab.upsample(logits.float(), labels.shape[-2:])
         L["supervised"] = supervised_loss(s, logits, auxiliary, labels)
         state.confidence.update(logits.detach().softmax(1), labels)
         if unlabelled is not None:
             plain, truth, index = next_batch(unlabelled, device)
-            weak = plain_logits(run, state.teacher, plain, others)  # the teacher in eval mode
+            weak = plain_logits(run, state.teacher, plain, others)  # pass 3: teacher in EVAL mode
             state.images.update(index, predicted(weak, truth))
             mixed, weak, truth = cut(plain, weak, truth, others, generator)
-            with run.autocast():
-                _, features_u = train_mode(state.teacher, mixed)
+            with run.autocast():  # passes 4 and 5: teacher and student, in train mode, mixed images
+                _, taught_strong = train_mode(state.teacher, mixed)
                 logits, strong, _ = run.forward(mixed, extras=True)
             prob, inside = weak.softmax(1), truth != IGNORE
             drop = drop_share(local, length, s.drop)
@@ -408,16 +446,14 @@ def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
             if s.unlabelled:
                 L["unlabelled"] = unlabelled_loss(s, logits, pseudo, prob, state, generator)
             if s.contrast:
-                features, taught = (
-                    torch.cat([features, strong]),
-                    torch.cat([features_l, features_u]),
-                )
-                sets = contrast_sets(labels, prob_l, pseudo, weak, inside, features.shape[-2:])
+                features, taught = torch.cat([features, strong]), torch.cat([taught, taught_strong])
+                size = features.shape[-2:]
+                sets = contrast_sets(labels, taught_logits, pseudo, weak, inside, size)
                 L["contrastive"] = features.float().sum() * 0  # torchrun wants all gradients
                 if local / length >= s.contrast_start:
-                    state.bank.add(*contrastive_keys(taught, sets[2], state.bank.most))
+                    bank.add(*contrastive_keys(taught, sets[2], bank.most))
                     L["contrastive"] = contrastive(
-                        features, taught, sets, state.bank, generator=generator
+                        features, taught, sets, bank, generator=generator
                     )
         # STAL Eq. (1): L = L_s + lambda_u L_u + lambda_c L_c
         total = L["supervised"] + s.unlabelled * L["unlabelled"] + s.contrast * L["contrastive"]
@@ -432,7 +468,9 @@ def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
         if (step + 1) % s.checkpoint_every == 0 or step + 1 == starts[number]:
             run.save(step + 1)
         run.stop_if_asked(step + 1)
-    return {**result_of_loops(run.scores), **report(s, source, target, rounds)}
+    result = {**result_of_loops(run.scores), **report(s, source, target, rounds, run=run)}
+    draw_story(s, run, state.teacher, target, rounds, starts[:-1], result)
+    return result
 
 
 def draw_source_images(s: Settings, source) -> None:
@@ -549,9 +587,9 @@ def check_complete(rounds: Rounds, schedule: list[int], start: int) -> None:
         )
 
 
-def report(s: Settings, source, target, rounds: Rounds, source_images: int | None = None) -> dict:
-    """What result.json says beside the scores: the ledger, its share of all target pixels, steps,
-    images trained on."""
+def report(s: Settings, source, target, rounds: Rounds, source_images=None, run=None) -> dict:
+    """What result.json says beside the scores: the ledger, its share of all target pixels, steps, images
+    trained on, and the score before the first round."""
     budget = ledger(records_of(rounds))
     share = budget["asked"] / pixels_of(target) if target else 0.0
     if source_images is None:
@@ -561,7 +599,42 @@ def report(s: Settings, source, target, rounds: Rounds, source_images: int | Non
         "steps": s.steps,
         "source_images": source_images,
         "target_images": len(target) if target else 0,
+        **({"before": run.before} if run is not None and run.before else {}),
     }
+
+
+def note_before(s: Settings, run: Run, model, validation, step: int) -> None:
+    """Scores the network before the first round, once in a run: what the labels are to be measured by."""
+    if run.before is None:
+        scores = evaluate(model, validation, protocol_of(s), run.device)
+        run.before = {"step": step, **{f"mIoU{n}": scores[f"mIoU{n}"] for n in CLASS_SETS}}
+
+
+def draw_story(
+    s: Settings, run: Run, model, target, rounds: Rounds, schedule, result: dict
+) -> None:
+    """pictures/summary.png: the first target image with the picks of all rounds, first and last
+    prediction, answers, truth, what was labelled, mIoU over the steps."""
+    if run.rank or not s.pictures or target is None:
+        return
+    sample, numbers = target.samples[0], range(1, rounds.complete() + 1)
+    _, image, logits = next(over_target(s, run, target, logits_of, model, [0]))
+    panels, masks = {}, []
+    first = run.out / "pictures/round-01" / f"{sample.id}_prediction.png"
+    if first.is_file():
+        panels["prediction before the first round"] = read_map(first, sample.size, IGNORE)
+    panels["prediction at the end"] = logits.argmax(0).to(torch.uint8).cpu()
+    for number in numbers:
+        earlier = rounds.asked(sample.id, sample.size, number - 1)
+        masks.append(rounds.asked(sample.id, sample.size, number) & ~earlier)
+    if masks:
+        panels["all answers"] = rounds.labels(sample.id, sample.size)
+    panels["truth"] = target.labels(0)
+    points = [(run.before["step"], run.before["mIoU19"])] if run.before else []
+    points += [(line["step"], line["mIoU19"]) for line in run.scored()]
+    points = sorted({**dict(points), s.steps: result["mIoU19"]}.items())
+    classes = result["budget"]["classes"]
+    save_story(image, masks, panels, classes, points, schedule, run.out / "pictures/summary.png")
 
 
 def pixels_of(dataset) -> int:
@@ -650,6 +723,10 @@ def run_strategy(s: Settings, out: Path, device: torch.device) -> None:
         which = "last checkpoint" + (", teacher" if "student" in result else "")
         images = f"{result['images']} validation images"
         print(f"{mark}{s.strategy}, {which}, {images}\n{describe(result)}")
+        if "before" in result:
+            before, after = (f"{100 * x['mIoU19']:.2f}" for x in (result["before"], result))
+            print(f"mIoU19 before the first round {before} -> at the end {after}")
+        print(f"run folder {out}" + f", its story {out}/pictures/summary.png" * bool(s.pictures))
     barrier()
 
 

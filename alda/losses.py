@@ -10,6 +10,24 @@ Axes: N images, C classes, H rows, W columns; in the contrastive part h, w the f
 N*h*w pixels, K features, A anchors, M negatives. Logits (N,C,H,W) float, labels (N,H,W) integer
 train ids with 255 = ignore. Every loss is a scalar; a loss over an empty set of pixels is 0 with
 zero gradient, never NaN.
+
+Differences from papers and official code:
+
+ D11. Local consistency (RIPU Eq. 7): the paper sums over all pixels, here their mean; the code
+      averages over pixels next to a label change (--rules code: a 3x3 Laplacian of the ids that is
+      not 0, zeros beyond the border). Without such a pixel the code gives NaN, here 0.
+ D12. Negative learning (RIPU Eq. 8) is -log(1 - p); the code adds 1e-6 inside, 1.0e-6 less. It runs
+      over all target pixels from the first step, as in the code.
+ D13. OHEM: min_kept = 0 or more than the labelled pixels switches the code's mining off, and
+      nothing labelled gives NaN. Here the threshold stays, and that is 0.
+ D14. Unlabelled loss (STAL Eq. 3): weights sum to 1 over the pixels that count; in the code the
+      weights of ignored pixels stay in the sum, so that dropping pixels shrinks the loss.
+ D15. Contrastive negatives (STAL Eq. 4): labelled ones must be c and not c in the code (none),
+      unlabelled ones pseudo-labelled c and ranking c low (nearly none). Here a labelled pixel of
+      another class with c among its top 3, and any unreliable unlabelled pixel that ranks c 4th or
+      later; the code also asks for a pseudo-label there.
+ D16. Classes of the contrastive loss: in the code an absent class shifts the others' index, and all
+      images' labels land in the first (label_onehot). Here each class and image has its own.
 """
 
 import torch
@@ -19,8 +37,22 @@ from alda import IGNORE
 from alda.distributed import all_gather
 
 
+def check_batch(logits: torch.Tensor, labels: torch.Tensor) -> None:
+    """Raises ValueError, in one line, for logits that are not (N,C,H,W) float and labels that are not
+    (N,H,W) integer of the same images. Looks at shapes only: nothing waits for the device."""
+    if not isinstance(logits, torch.Tensor) or not isinstance(labels, torch.Tensor):
+        raise ValueError(
+            "logits and labels must be torch.Tensors; of NumPy arrays: torch.from_numpy"
+        )
+    fit = logits.dim() == 4 and tuple(labels.shape) == (len(logits), *logits.shape[2:])
+    if not fit or not logits.is_floating_point() or labels.is_floating_point():
+        found = f"{logits.dtype} {tuple(logits.shape)} and {labels.dtype} {tuple(labels.shape)}"
+        raise ValueError(f"expected float logits (N,C,H,W) and integer labels (N,H,W), got {found}")
+
+
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean of -log p_label over the labelled pixels; 0 where no pixel has a label."""
+    check_batch(logits, labels)
     # RIPU Eq. (6): L_CE = -1 / n sum_i log p_i[y_i] over the n labelled pixels
     total = F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="sum")
     return total / (labels != IGNORE).sum().clamp(min=1)
@@ -37,6 +69,7 @@ def local_consistency(
     where the label changes, the official code's rule. `distance`: "l1" is sum_c |p_c - m_c|, "kl"
     is sum_c p_c log(p_c / m_c). The image border repeats its pixels.
     """
+    check_batch(logits, labels)
     prob = logits.float().softmax(1)
     mean = F.avg_pool2d(F.pad(prob, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     if distance == "l1":
@@ -92,6 +125,7 @@ def ohem_cross_entropy(
     official code switches the mining off for min_kept=0 and gives NaN where nothing is labelled;
     here that is 0. No host synchronisation.
     """
+    check_batch(logits, labels)
     loss = F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORE, reduction="none")
     labelled = labels != IGNORE
     prob = (-loss.detach()).exp().masked_fill(~labelled, 2.0)  # ignored pixels rank last
@@ -121,6 +155,7 @@ def weighted_consistency(
     the pixels that count; the official code also sums the weights of ignored pixels, so that
     dropping pixels shrinks its loss (a plain bug, not reproduced).
     """
+    check_batch(logits, labels)
     loss = F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORE, reduction="none")
     counts = labels != IGNORE if keep is None else (labels != IGNORE) & keep
     weight = confidence.detach().float() ** gamma * counts  # w_i, 0 where pixel i does not count

@@ -1,5 +1,4 @@
-"""One pass over the target set: ask for pixels, ask for images, pseudo-label. What happens in a
-round?
+"""One pass over the target set: ask for pixels or images, pseudo-label. What happens in a round?
 
     from alda.rounds import ask_pixels, ask_images, label_target, query_schedule
 
@@ -7,6 +6,19 @@ RIPU: Xie et al., CVPR 2022, arXiv 2111.12940. CBDA: Schachtsiek, Rossi and Hann
 2311.14146. STAL: Guan and Yuan, arXiv 2301.13361. CBST: Zou et al., ECCV 2018, arXiv 1810.07911.
 The scores are in acquisition.py, CBST's thresholds in selftraining.py, the folders that a round
 leaves in annotation.py. Axes: C classes, H rows, W columns.
+
+Differences from papers and official code:
+
+  D7. Budget: the code asks ceil(H W budget / rounds / (2k+1)^2) regions in each round, which adds
+      up to more than the budget. Here a round is cut to what the budget has left: 4 x 1,026 + 1,022
+      regions for 2.2 % of 2048x1024. Pixels not spent are not asked later; each round prints picks
+      made and due.
+  D8. Pixel queries: the paper asks 40 pixels an image, 8 a round; the code's formula 21 a round,
+      105 in all (--rules code).
+  D9. Scores at full size: the code resizes logits twice (to 1280x640, then to 2048x1024), here
+      once. STAL's code squashes images to 769x769 to score them, here they keep --target-size.
+ D10. The first images of STAL are drawn at random over the cities, as the paper; the code reads a
+      published list.
 """
 
 import math
@@ -21,8 +33,9 @@ from alda import IGNORE, InputError, acquisition
 from alda.annotation import Rounds, begin_folder, complete_folder, ground_truth, ledger, write_map
 from alda.datasets import NAMES, NUM_CLASSES, EachImage, SegmentationDataset, load, mix_seed
 from alda.distributed import all_reduce, barrier, broadcast_buffers, rank_and_world
-from alda.evaluation import class_picture, network_logits
-from alda.run import Run, check_folder, save_picture
+from alda.evaluation import network_logits
+from alda.pictures import class_picture, save_round, save_sheet
+from alda.run import Run, check_folder
 from alda.selftraining import (
     ConfidenceHistogram,
     cbst_pseudo_labels,
@@ -193,11 +206,11 @@ def ask_pixels(s: Settings, run: Run, target: SegmentationDataset, rounds: Round
                 known = rounds.labels(sample.id, sample.size, number - 1)
                 panels = {
                     **shown[index],
-                    "asked so far": before | asked,
                     "answers so far": torch.where(answers == IGNORE, known, answers),
                     "truth": target.labels(index),
                 }
-                save_picture(panels, sample.size, folder / f"{sample.id}.png")
+                save_round(panels, asked, before, folder / f"{sample.id}.png")
+                write_map(folder / f"{sample.id}_prediction.png", panels["prediction"])
         new.notes = notes
     record = rounds.record(number)
     labelled = ledger([*records, record])["classes"]
@@ -331,7 +344,7 @@ def ask_images(
                 new.add(sample.id, everything, oracle, 1, s.target_hw, s.keep_labels)
                 if index in shown:
                     panels = {**shown[index], "answers": target.labels(index)}
-                    save_picture(panels, sample.size, folder / f"{sample.id}.png")
+                    save_sheet(panels, folder / f"{sample.id}.png")
             scores = {target.samples[i].id: score[i].item() for i in chosen}
             new.notes = {"quotas": quotas, "scores": scores}
         record = rounds.record(number)
@@ -418,7 +431,7 @@ def label_target(
             confidence, prediction = prob.max(0)
             panels = {"image": image, "prediction": prediction.to(torch.uint8)}
             panels |= {"confidence": confidence, "pseudo-labels": labels, "truth": truth}
-            save_picture(panels, sample.size, folder / f"{sample.id}.png")
+            save_sheet(panels, folder / f"{sample.id}.png")
     record = pseudo_record(kind, portion, thresholds, histogram.predicted, total)
     complete_folder(work, pseudo.path(number), record)
     report_pseudo(s, target, number, record, time.time() - began)

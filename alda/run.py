@@ -43,7 +43,6 @@ from alda.datasets import (
     write_atomic,
 )
 from alda.distributed import all_reduce_number, barrier, rank_and_world
-from alda.evaluation import picture
 
 # settings that may differ between a run and its resumption: where it runs and what it shows, not
 # what it computes (another device or number of threads sums floats in another order, so the bits
@@ -122,13 +121,6 @@ def next_batch(iterator, device):
     return None if iterator is None else [x.to(device, non_blocking=True) for x in next(iterator)]
 
 
-def save_picture(panels: dict, size: tuple[int, int], path: Path) -> None:
-    """Writes the panels side by side as a PNG, each at most 512 columns wide."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scale = min(1.0, 512 / size[1])
-    picture(panels, (round(size[0] * scale), round(size[1] * scale))).save(path)
-
-
 class Run:
     """Network, optimizer, checkpoints and the log of one run: what every training loop needs and no
     method differs in."""
@@ -159,11 +151,10 @@ class Run:
         ] = []  # the losses of the steps since the last progress line, on the device
         self.names: list[str] = []
         self.lines = 0  # of metrics.jsonl
-        self.saved: int | None = None  # the step of last.pt
         self.clock = None
-        self.scores: list[
-            dict
-        ] = []  # of the loops that are done (STAL); plain values, kept in checkpoints
+        # scores of the loops that are done (STAL), and before the first round; kept in checkpoints
+        self.scores: list[dict] = []
+        self.before: dict | None = None
 
     def fresh_model(self) -> torch.nn.Module:
         """The network with the weights of --init, in train mode, the same in every process."""
@@ -258,13 +249,20 @@ class Run:
             ) from None
         self.lines += 1
 
+    def scored(self) -> list[dict]:
+        """The lines of metrics.jsonl that hold scores of the network, for a picture only."""
+        path = self.out / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        lines = [json.loads(line) for line in lines]
+        return [line for line in lines if "mIoU19" in line]
+
     def save(self, step: int) -> None:
         """Writes checkpoints/last.pt: everything that the rest of the run depends on. Under a
         temporary name, then renamed; the one before is kept as previous.pt. Raises InputError where
         it cannot be written, and Stopped where a signal has asked for it."""
         # a network that is lost is never saved, and never asks an annotator
         self.finite_losses(step)
-        if self.rank == 0 and self.saved != step:
+        if self.rank == 0:
             check_folder(self.out)
             path = self.out / "checkpoints" / "last.pt"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -273,7 +271,6 @@ class Run:
             if path.is_file():
                 os.replace(path, path.with_name("previous.pt"))
             os.replace(work, path)
-            self.saved = step
         STOP.at_checkpoint()
 
     def stop_if_asked(self, step: int) -> None:
@@ -299,6 +296,7 @@ class Run:
             "names": self.names,
             "scores": self.scores,
             "lines": self.lines,
+            "before": self.before,
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device)
             if self.device.type == "cuda"
@@ -324,7 +322,6 @@ class Run:
                 f"{path}: is no checkpoint of this run ({type(error).__name__}: "
                 f"{' '.join(str(error).split())[:160]}); restore the run's own, or use another --out"
             ) from None
-        self.saved = step if path.name == "last.pt" else None
         self.forget_after(step)
         if self.rank == 0 and self.lines < state.get("lines", 0):
             print(
@@ -363,7 +360,7 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history, self.names = [row.to(self.device) for row in state["history"]], state["names"]
-        self.scores = state.get("scores", [])
+        self.scores, self.before = state.get("scores", []), state.get("before")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         if self.rank == 0:

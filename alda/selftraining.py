@@ -1,5 +1,4 @@
-"""What do we label without asking? CBST's thresholds and pseudo-labels; STAL's teacher, mixing and
-confidence bank.
+"""CBST's thresholds and pseudo-labels, STAL's pseudo-labels and teacher. What is labelled unasked?
 
     from alda.selftraining import cbst_thresholds, cbst_pseudo_labels, target_portion
     thresholds = cbst_thresholds((softmax_of(image) for image in target), target_portion(0))   # (C,) confidences exp(-k_c)
@@ -11,35 +10,29 @@ confidence bank.
 
 CBST, CBST-SP, ST: Zou et al., ECCV 2018, arXiv 1810.07911. CRST: Zou et al., ICCV 2019, arXiv
 1908.09822 (its code is CBST's PyTorch version). STAL (later ILM-ASSL): Guan and Yuan, arXiv
-2301.13361. Contrastive masks: U2PL, Wang et al., arXiv 2203.03884. The adaptive parts (confidence
-bank, copy-paste, CutMix, keep rate): AEL, Hu et al., arXiv 2110.05474; STAL's official code uses
-them, its equations do not name them. Each is a function of its own: leave the call out to ablate
-it.
+2301.13361.
 
 Axes: N images (optional in the CBST part), C classes, H rows, W columns, B histogram bins; prob are
 softmax probabilities, labels uint8 train ids, 255 = none. Everything stays on the inputs' device;
 inputs are left unchanged. In the STAL part shapes do not depend on values and nothing waits for the
-device; random numbers u, uniform in [0,1), are arguments: draw them with torch.rand(...,
-generator=...) or give recorded ones.
+device.
 
-CBST: where the official code goes its own way, and what is done here:
-1. solve_ST.py starts each class with an extra 0.0, so that ranks shift by one now and then: not reproduced.
-2. Both keep every 4th confidence of an image and class: `stride=4`; all are kept by default.
-3. The pixel at the threshold is labelled by the code (p/thr >= 1), not by the paper (> 1): `rules`. No rank: threshold 1.
-4. solve_AO.py lets the target portion grow past its maximum by float rounding: not reproduced.
-5. CRST mines only classes under 0.1 % of the predictions, CBST those first and then the 3 rarest: see `rare_classes`.
-6. Both store every probability map (159 MB each at 19x1024x2048) and every confidence as a Python float (users report 97 GB
-   of host memory). Here images pass twice: once for the thresholds, once for the labels.
+Differences from papers and official code:
 
-STAL: where the official code (ILM-ASSL d10fd0f) has a plain bug, it is not reproduced:
- - a class absent from the batch is given confidence 0 and pulled down  -> only present classes move
- - the keep map of one image is used for all                            -> u has a value for each pixel of each image
- - crops pad labels with 0, road                                        -> datasets.JointTransform pads with 255
- - copy-paste reads GTA5's palette PNGs as grey levels                  -> datasets.read_label gives train ids
- - SYNTHIA's labels are resized bilinearly, which invents classes       -> datasets.resize_labels, nearest
- - SYNTHIA's 16 ids are pasted among Cityscapes' 19                     -> one space of 19 train ids
- - CutMix uses one image of the batch, batch 1 fails                    -> every image is mixed, any batch
- - a class that fills the image has no component, areas are H squared   -> its box is the image; areas are H * W
+ D31. CBST's threshold pixel: the paper labels where p / exp(-k) exceeds 1, the code also where it
+      equals 1 (--rules code). They differ where many pixels tie: a saturated network.
+ D32. CBST's solve_ST.py starts each class with an extra 0.0, so that ranks shift by one now and
+      then, and solve_AO.py lets the portion grow past its maximum by float rounding: not
+      reproduced.
+ D33. All confidences are ranked; both codes keep every 4th of an image and class (stride=4). They
+      store every probability map (159 MB each at 19x1024x2048) and every confidence as a Python
+      float; here images pass twice, in fixed memory.
+ D34. CRST mines only classes under 0.1 % of the predictions, CBST those first and then the 3
+      rarest: the second.
+ D35. CBST-SP's spatial priors are a download officially; here they are estimated from the source's
+      labels, their width and normalisation are this project's reading.
+ D36. STAL's pseudo-labels drop the pixels of highest entropy, as the paper; the code drops those of
+      lowest (--rules code).
 """
 
 import math

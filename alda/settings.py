@@ -1,7 +1,7 @@
 """Every setting with its default, each paper's values, the command line's options. What can be set?
 
 from alda.settings import settings_for
-s = settings_for({"strategy": "ripu", "root": "toy"})   # the paper's values, changed for the miniature world
+s = settings_for({"strategy": "ripu", "root": "toy"})   # the paper's values, for the miniature world
 """
 
 import argparse
@@ -262,7 +262,7 @@ class Settings:
     source_steps: int = option(
         0,
         "CBST",
-        "steps of the source training where --init is no file; 0: as many as source-only's default",
+        "steps of the source training where --init is no file; 0: --steps where given, else as source-only",
         low=0,
         read_by=SELF_TRAINING,
     )
@@ -600,6 +600,8 @@ def settings_for(given: dict) -> Settings:
         if given.get("epochs"):
             raise InputError("--steps and --epochs are two ways to say how long: give one of them")
         merged["epochs"] = 0
+        if strategy in SELF_TRAINING and "source_steps" not in given:
+            merged["source_steps"] = given["steps"]  # no hidden long training before a short one
     if "budget" in given and "pixels" in merged:
         merged["pixels"] = 0  # the share that was asked for, not the paper's 40 pixels
     return Settings(**{**merged, **given})
@@ -644,34 +646,64 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+# what --help shows; --help-all shows every option
+ESSENTIAL = (
+    "strategy", "src", "tgt", "root", "out", "seed", "device", "resume", "rules", "net", "backbone",
+    "init", "steps", "batch", "budget", "rounds", "cbda", "pseudo", "source_free", "protocol",
+)  # fmt: skip
+
+
+def help_text(field: dataclasses.Field) -> str:
+    """An option's help: its meaning, its default, and the strategies' own defaults."""
+    tables = {**PAPER, "source-free": SOURCE_FREE, "root toy": TOY}
+    defaults = [] if field.default == "" else [f"{field.default}"]
+    own = [f"{name} {table[field.name]}" for name, table in tables.items() if field.name in table]
+    defaults += [", ".join(own)] if own else []
+    text = field.metadata["help"]
+    return f"{text} [{'; '.join(defaults)}]" if defaults else text
+
+
 def parse(argv: list[str] | None) -> Settings:
-    """The command line to Settings; --help groups the options."""
-    tables = {**PAPER, "--source-free": SOURCE_FREE, "--root toy": TOY}
-    others = "; ".join(
-        f"{name}: {', '.join(f'{k} {v}' for k, v in table.items())}"
-        for name, table in tables.items()
-    )
+    """The command line to Settings. --help shows the essential options, --help-all every one, both with
+    each strategy's own defaults."""
+    argv = sys.argv[1:] if argv is None else argv
+    everything = "--help-all" in argv
     code = "; ".join(CODE_RULES.values())
     parser = Parser(
         prog="python -m alda.loop",
         description="Trains one strategy from a source to a target dataset.",
-        epilog=f"Defaults in [brackets]; other ones of {others}. An option that is given always wins. "
-        f"--rules code changes: {code}.",
+        epilog=f"An option that is given always wins over defaults. --rules code changes: {code}.",
         argument_default=argparse.SUPPRESS,
     )
+    parser.add_argument("--help-all", action="help", help="show every option")
     groups: dict = {}
     for field in dataclasses.fields(Settings):
         meta, name = field.metadata, "--" + field.name.replace("_", "-")
+        shown = everything or field.name in ESSENTIAL
         if meta["group"] not in groups:
             groups[meta["group"]] = parser.add_argument_group(meta["group"])
-        group = groups[meta["group"]]
+        group, text = groups[meta["group"]], help_text(field) if shown else argparse.SUPPRESS
         if field.type is bool:
-            group.add_argument(name, action=argparse.BooleanOptionalAction, help=meta["help"])
+            group.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         else:
-            text = f"{meta['help']} [{field.default}]" if field.default != "" else meta["help"]
-            group.add_argument(name, type=field.type, help=text, choices=meta["choices"] or None)
+            choices = meta["choices"] or None
+            group.add_argument(name, type=field.type, help=text, choices=choices)
     given = vars(parser.parse_args(argv))
     s = settings_resumed(given) or settings_for(given)
-    if (idle := without_effect(given, s)) and os.environ.get("RANK", "0") == "0":
-        print(f"note: no effect with --strategy {s.strategy}: {', '.join(idle)}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        for note in notes_on(given, s):
+            print(f"note: {note}", file=sys.stderr)
     return s
+
+
+def notes_on(given: dict, s: Settings) -> list[str]:
+    """What people should know of what they asked for."""
+    notes = []
+    if idle := without_effect(given, s):
+        notes.append(f"no effect with --strategy {s.strategy}: {', '.join(idle)}")
+    for name, size in (("source", s.source_hw), ("target", s.target_hw)):
+        largest = None if size is None else [length * s.scale_range[1] for length in size]
+        if s.crop_hw and largest and any(c > x for c, x in zip(s.crop_hw, largest, strict=True)):
+            text = f"--crop {s.crop} is larger than --{name}-size {getattr(s, name + '_size')}"
+            notes.append(f"{text} ever gets: every {name} image is padded")
+    return notes

@@ -1,5 +1,4 @@
-"""STAL's step around its equations: adaptive mixing, banks, contrastive masks. What happens in
-STAL's step?
+"""STAL's adaptive mixing, banks and contrastive masks. What happens in STAL's step?
 
     from alda.stal import Partners, ConfidenceBank, ImageBank, class_box, cutmix
     others = partners.next(step)                             # what step - 2 drew, loaded meanwhile
@@ -19,15 +18,17 @@ with torch.rand(..., generator=...) or give recorded ones.
 
 Axes: N images, C classes, H rows, W columns, h, w features; labels uint8 train ids, 255 = none.
 
-Plain bugs of the official code (ILM-ASSL d10fd0f) that are not reproduced:
- - a class absent from the batch is given confidence 0 and pulled down  -> only present classes move
- - the keep map of one image is used for all                            -> u has a value for each pixel
- - crops pad labels with 0, road                                        -> JointTransform pads with 255
- - copy-paste reads GTA5's palette PNGs as grey levels                  -> read_label gives train ids
- - SYNTHIA's labels are resized bilinearly, which invents classes       -> resize_labels, nearest
- - SYNTHIA's 16 ids are pasted among Cityscapes' 19                     -> one space of 19 train ids
- - CutMix uses one image of the batch, batch 1 fails                    -> every image is mixed
- - a class that fills the image has no component, areas are H squared   -> its box is the image; H * W
+Differences from papers and official code:
+
+ D37. Confidences start at 0 and only classes of the batch move; the code starts from random numbers
+      and pulls absent classes towards 0.
+ D38. The keep map of the unlabelled loss is drawn for each image; the code shares one.
+ D39. CutMix mixes every image of the batch, from an image that was drawn two steps before; the code
+      mixes one, batch 1 fails. A class that fills an image has the image as its box; the code has
+      none there, and takes H^2 for the area. A component is drawn by area, the code's uniformly,
+      with another try if it is too small.
+ D40. Copy-paste draws its three classes for the batch without replacement; whether the code does was
+      not recorded.
 """
 
 import copy

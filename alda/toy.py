@@ -569,13 +569,13 @@ def figure(scene: Scene, name: str, x: float, z: float) -> None:
         layers = ["post", board]
     elif name in CYCLES:
         ridden = name.endswith("cyclist")
-        view = " sideways" if rng.random() < (0.55 if ridden else 0.7) else ""
+        chance = 0.55 if ridden else 0.7
+        view = " sideways" if rng.random() < chance else ""
         layers = [CYCLES[name] + view] + ["rider" + view] * ridden
     if name == "person" or name in CYCLES:
         scene.cast(x - 0.5, x + 0.5 - scene.sun * 0.5, z - 0.3, z + 0.3)
-    for cls, shape in (
-        (FIGURES[layer][0], shape) for layer in layers for shape in FIGURES[layer][1:]
-    ):
+    shapes = [(FIGURES[layer][0], shape) for layer in layers for shape in FIGURES[layer][1:]]
+    for cls, shape in shapes:
         part, gain, size, *points = shape
         # "cloth 2": another piece of cloth
         colour = lit(colours.setdefault(part, scene.colour(part.split()[0])), gain)

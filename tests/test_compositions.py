@@ -374,11 +374,11 @@ class Colours(Target):
 
 
 @pytest.mark.parametrize("kind", ["st", "cbst", "cbst-sp"])
-@pytest.mark.parametrize("number", [1, 3])
-def test_pseudo_labels_of_a_round_equal_a_slow_version(kind, number, tmp_path):
+@pytest.mark.parametrize("number,rules", [(1, "code"), (3, "code"), (2, "paper")])
+def test_pseudo_labels_of_a_round_equal_a_slow_version(kind, number, rules, tmp_path):
     """Prior, portion of the round and thresholds, from sorted lists; bought pixels get none."""
     target, model = Colours(3), Pointwise()
-    options = {"target_size": "16x12", "label_flip": False, "label_scale": 1.0, "rules": "code"}
+    options = {"target_size": "16x12", "label_flip": False, "label_scale": 1.0, "rules": rules}
     s = settings(kind, **options)
     prior = (
         torch.rand(19, 12, 16, generator=torch.Generator().manual_seed(8))
@@ -414,6 +414,17 @@ def test_pseudo_labels_of_a_round_equal_a_slow_version(kind, number, tmp_path):
         wrong = found != expected  # the histogram's thresholds are within 5e-4 of the exact rank
         assert (np.abs(share.max(0)[wrong] - 1) < 2e-3).all() and wrong.mean() < 0.1
         assert (expected != NONE).any()
+
+
+def test_the_pixel_at_the_threshold_follows_the_rules(tmp_path):
+    """All pixels alike: the threshold is their confidence, which the code labels and the paper does not."""
+    target = Target(torch.ones(2, 6, 8, dtype=torch.uint8))
+    target.image = lambda index: torch.full((3, 6, 8), 90, dtype=torch.uint8)
+    for rules, labelled in (("code", 2 * 48), ("paper", 0)):
+        s = settings("cbst", target_size="8x6", label_scale=1.0, rules=rules)
+        pseudo = Rounds(tmp_path / rules)
+        record = rounds.label_target(s, Run(tmp_path, Pointwise()), target, pseudo, 1, "cbst")
+        assert record["labelled"] == labelled
 
 
 def test_the_target_is_labelled_at_its_scale_with_its_mirror_image():
@@ -489,26 +500,30 @@ def test_the_source_share_of_cbst_grows():
 
 
 def test_image_queries_take_the_most_uncertain_of_each_city(tmp_path, monkeypatch):
-    """Three images in each of two cities, two asked: one of each, the largest score, none asked before."""
-    target = Target(torch.ones(7, 4, 4, dtype=torch.uint8), ["a", "a", "a", "b", "b", "b", "b"])
-    scores = {0: 0.9, 1: 0.95, 2: 0.2, 3: 0.1, 4: 0.5, 5: 0.4, 6: 0.3}
+    """Five images in city a, three of them asked before, and four in b. Three of the six that are left
+    are asked: one of a's two, two of b's four, the teacher's largest scores of each."""
+    groups = ["a"] * 5 + ["b"] * 4
+    target, teacher = Target(torch.ones(9, 4, 4, dtype=torch.uint8), groups), torch.nn.Identity()
+    scores = {0: 0.9, 1: 0.95, 2: 0.2, 3: 0.99, 4: 0.97, 5: 0.1, 6: 0.5, 7: 0.4, 8: 0.3}
 
     def each(s, run, target, see, model, indices):
+        assert model is teacher and see is rounds.logits_of
         for n in indices:
             yield n, target.image(n), torch.full((19, 4, 4), float(n))
 
     monkeypatch.setattr(rounds, "over_target", each)
-    order = iter([n for n in range(7) if n != 1])
+    order = iter([0, 2, 5, 6, 7, 8])
     monkeypatch.setattr(rounds.acquisition, "image_uncertainty", lambda prob: scores[next(order)])
     store = Rounds(tmp_path)
     with store.new(1) as new:
-        new.add("i1", torch.ones(4, 4, dtype=torch.bool), ground_truth(target, 1), 1, (4, 4))
+        for n in (1, 3, 4):
+            everything = torch.ones(4, 4, dtype=torch.bool)
+            new.add(f"i{n}", everything, ground_truth(target, n), 1, (4, 4))
     s = settings("stal", target_size="4x4")
-    rounds.ask_images(s, Run(tmp_path), torch.nn.Identity(), target, store, 2, 3)
-    # 2 of a and 4 of b are left: 3 images are split 1 to 2
-    assert set(store.record(2)["images"]) == {"i0", "i4", "i5"}
+    rounds.ask_images(s, Run(tmp_path), teacher, target, store, 2, 3)
+    assert set(store.record(2)["images"]) == {"i0", "i6", "i7"}
     assert store.record(2)["quotas"] == {"a": 1, "b": 2}
-    assert store.asked("i4", (4, 4)).all() and not store.asked("i6", (4, 4)).any()
+    assert store.asked("i6", (4, 4)).all() and not store.asked("i8", (4, 4)).any()
 
 
 @pytest.fixture
@@ -733,3 +748,258 @@ def test_the_table_of_the_codes_rules_is_complete():
                 if text.endswith(("== 'code'", "== 'paper'")):
                     found.add(f"{path.stem}.{function.name}")
     assert found - {"rounds.report_pseudo"} == set(CODE_RULES)  # that one only prints
+
+
+# ------------------------------------------------------------------------------- what mutants got through
+
+
+def test_a_class_of_weight_0_is_not_asked_even_when_nothing_else_is_left(tmp_path, monkeypatch):
+    """Round 1 spends class 3's share; 12 of 80 pixels are another class, 20 are due: 12 are asked."""
+    labels = torch.full((1, 8, 10), 3, dtype=torch.uint8)
+    labels[0, 7], labels[0, 6, :2] = 1, 2
+    score = torch.rand(1, 8, 10, generator=torch.Generator().manual_seed(0)) + 0.1
+    score[0, :6] += 5
+    scored(monkeypatch, score, labels.long())
+    s = settings("cbda", cbda="balance", unit="pixel", radius=0, budget=0.5, target_size="10x8")
+    target, store = Target(labels), Rounds(tmp_path)
+    first, _ = picks_of(s, tmp_path, target, 1, store)
+    assert len(first[0]) == 20 and all(row < 6 for row, _ in first[0])
+    second, notes = picks_of(s, tmp_path, target, 2, store)
+    assert notes["class_weights"][NAMES[3]] == 0 and notes["picks_due"] == 20
+    assert {tuple(c) for c in second[0]} == {(7, c) for c in range(10)} | {(6, 0), (6, 1)}
+
+
+def test_class_weights_are_relative_to_the_whole_budget(tmp_path, monkeypatch):
+    """190 pixels of budget: each of 19 classes has 10; 4 of class 5 bought: weight 0.6."""
+    labels = torch.full((1, 19, 20), NONE, dtype=torch.uint8)
+    labels[0, 0, :4] = 5
+    score = torch.zeros(1, 19, 20)
+    score[0, 0] = 1 + torch.arange(20) / 100
+    scored(monkeypatch, score)
+    s = settings(
+        "cbda", cbda="both", unit="pixel", radius=0, budget=0.5, rounds=5, target_size="20x19"
+    )
+    target, store = Target(labels), Rounds(tmp_path)
+    picks_of(s, tmp_path, target, 1, store)
+    _, notes = picks_of(s, tmp_path, target, 2, store)
+    assert notes["budget_px"] == 190
+    assert notes["class_weights"] == pytest.approx(dict.fromkeys(NAMES, 1.0) | {NAMES[5]: 0.6})
+    total = rounds.ledger([store.record(1)])
+    assert total["asked"] == 38 and total["labelled"] == 4 and total["class_entropy"] == 0
+
+
+def test_the_last_round_asks_what_the_budget_has_left(tmp_path, monkeypatch):
+    scored(monkeypatch, torch.rand(1, 9, 18, generator=torch.Generator().manual_seed(1)))
+    s = settings("ripu-pa", target_size="18x9", radius=0, pixels=5)
+    target, store = Target(torch.ones(1, 9, 18, dtype=torch.uint8)), Rounds(tmp_path)
+    assert [len(picks_of(s, tmp_path, target, n, store)[0][0]) for n in (1, 2)] == [3, 2]
+
+
+def test_the_codes_rule_asks_105_pixels_of_a_cityscapes_image():
+    s = settings_for({"strategy": "ripu-pa", "rules": "code"})
+    size = (1024, 2048)
+    assert rounds.budget_pixels(s, [size]) == 105 and rounds.budget_pixels(s, [size] * 3) == 315
+    assert [rounds.regions_due(105, s, 21 * n) for n in range(6)] == [21] * 5 + [0]
+    assert rounds.budget_pixels(settings_for({"strategy": "ripu-pa"}), [size]) == 40
+
+
+def test_equal_scores_share_one_budget_over_the_images(tmp_path, monkeypatch):
+    """All scores alike: the images take turns until the budget is spent, whatever their order."""
+    scored(monkeypatch, torch.ones(5, 4, 5))
+    s = settings(
+        "cbda", cbda="dynamic", unit="pixel", radius=0, budget=0.2, rounds=2, target_size="5x4"
+    )
+    target = Target(torch.ones(5, 4, 5, dtype=torch.uint8))
+    centres, notes = picks_of(s, tmp_path, target, 1, Rounds(tmp_path))
+    assert notes["picks_due"] == 10 and [len(c) for c in centres] == [2] * 5
+
+
+def test_noise_differs_between_images_and_rounds(tmp_path, monkeypatch):
+    """The strategy random: other places in every image and every round, the same for a seed."""
+    target = Target(torch.ones(3, 20, 20, dtype=torch.uint8))
+
+    def each(s, run, target, *more, **keywords):
+        for n in range(len(target)):
+            yield n, target.image(n), torch.zeros(19, 20, 20)
+
+    monkeypatch.setattr(rounds, "over_target", each)
+    s, store = settings("random", target_size="20x20", budget=0.2), Rounds(tmp_path / "a")
+    first, _ = picks_of(s, tmp_path, target, 1, store)
+    assert first[0] != first[1] != first[2]
+    again, _, _ = rounds.choose(s, Run(tmp_path), target, Rounds(tmp_path / "b"), 1, [])
+    assert [c.tolist() for c in again] == first
+    with Rounds(tmp_path / "b").new(1):
+        pass  # a round that asked nothing
+    other, _, _ = rounds.choose(s, Run(tmp_path), target, Rounds(tmp_path / "b"), 2, [])
+    assert [c.tolist() for c in other] != first
+
+
+def test_queries_see_the_target_at_its_training_size(tmp_path):
+    model, target = Pointwise(), Colours(2)
+    s = settings(target_size="8x6", budget=0.5)
+    centres, _, _ = rounds.choose(s, Run(tmp_path, model), target, Rounds(tmp_path), 1, [])
+    assert model.seen == [((6, 8), False)] * 2 and model.training
+    assert (
+        max(row for c in centres for row, _ in c.tolist()) > 6
+    )  # picks are at the image's full size
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_what_a_new_loop_begins_with(restart, tiny_world, tmp_path):
+    """Student and teacher from the last teacher, or anew; no momentum, no images to cut from, no shares
+    of images that are labelled now; confidence and bank are kept, or emptied."""
+    given = {
+        "root": str(tiny_world),
+        "init": "none",
+        "backbone": "resnet18",
+        "head": "ripu",
+        "bank": 40,
+    }
+    s = settings_for({"strategy": "stal", "restart": restart, "target_size": "64x32", **given})
+    run = loop.Run(s, tmp_path, torch.device("cpu"))
+    state = stal.StalState(s, run, open_dataset("cityscapes", tiny_world))
+    first = {name: x.clone() for name, x in run.model.state_dict().items()}
+    with torch.no_grad():
+        for shift, network in ((0.5, state.teacher), (0.25, run.model)):
+            for parameter in network.parameters():
+                parameter.add_(shift)
+    last = {name: x.clone() for name, x in state.teacher.state_dict().items()}
+    parameter = next(run.model.parameters())
+    run.optimizer.state[parameter]["momentum_buffer"] = torch.ones_like(parameter)
+    state.images.share.fill_(0.5)
+    state.confidence.value.fill_(0.5)
+    state.bank.count.fill_(7)
+    state.partners.drawn = torch.zeros(4, 2, dtype=torch.int64)
+    state.begin_loop()
+    expected = first if restart else last
+    for network in (run.model, state.teacher):
+        assert all(torch.equal(x, expected[name]) for name, x in network.state_dict().items())
+    assert (
+        not run.optimizer.state and state.partners.next(0) is None and state.partners.drawn is None
+    )
+    assert (state.images.share == 0).all()
+    assert (state.confidence.value == (0 if restart else 0.5)).all()
+    assert (state.bank.count == (0 if restart else 7)).all()
+
+
+def test_the_papers_unlabelled_loss_weights_all_pixels_alike():
+    logits = torch.tensor([[0.8, 0.2], [0.4, 0.6]]).log().T[None, :, None]  # (1,2,1,2)
+    prob = torch.tensor([[0.9, 0.1], [0.3, 0.7]]).T[None, :, None]
+    s = settings_for({"strategy": "stal", "class_keep": False})
+    pseudo = torch.tensor([[[0, 1]]], dtype=torch.uint8)
+    loss = stal.unlabelled_loss(s, logits, pseudo, prob, None, None)
+    assert float(loss) == pytest.approx((-math.log(0.8) - math.log(0.6)) / 2, rel=1e-5)
+
+
+def test_padding_takes_no_part_in_the_contrastive_percentiles():
+    """The lower half is padding of low entropy: the reliable fifth is of the upper half."""
+    labels = torch.zeros(1, 10, 10, dtype=torch.uint8)
+    uncertainty = torch.arange(100).view(1, 10, 10).float()
+    uncertainty[:, 5:] = -1
+    inside = torch.ones(1, 10, 10, dtype=torch.bool)
+    inside[:, 5:] = False
+    pseudo = torch.zeros(1, 10, 10, dtype=torch.uint8).masked_fill(~inside, NONE)
+    _, low, high = stal.contrastive_masks(labels, pseudo, uncertainty, (10, 10), counts=inside)
+    assert low[1].flatten().nonzero()[:, 0].tolist() == list(range(10))
+    assert high[1].flatten().nonzero()[:, 0].tolist() == list(range(40, 50))
+    assert low[0].all() and high[0].all()  # labelled pixels are both
+
+
+def test_the_draws_of_a_step_differ_from_step_to_step_and_by_seed():
+    s, device = settings_for({"strategy": "stal"}), torch.device("cpu")
+    first, again, later = (
+        torch.rand(4, generator=stal.step_generator(s, n, device)) for n in (3, 3, 4)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, later)
+    other = settings_for({"strategy": "stal", "seed": 1})
+    assert not torch.equal(first, torch.rand(4, generator=stal.step_generator(other, 3, device)))
+
+
+def test_weak_classes_are_pasted_by_the_square_root_of_their_weakness():
+    """One class of confidence 0, the others 0.96: chances e^1 against e^0.2, of the first of three."""
+    confidence = torch.full((19,), 0.96)
+    confidence[5] = 0.0
+    s, generator = settings_for({"strategy": "stal"}), torch.Generator().manual_seed(0)
+    other = [torch.ones(1, 3, 1, 19), torch.arange(19, dtype=torch.uint8).expand(1, 1, 19).clone()]
+    own = [torch.zeros(1, 3, 1, 19), torch.zeros(1, 1, 19, dtype=torch.uint8)]
+    hits = total = 0
+    for _ in range(3000):
+        mixed, labels = stal.paste(s, own, other, confidence, generator)
+        classes = labels[0, 0][mixed[0, 0, 0] == 1].tolist()
+        hits, total = hits + (5 in classes), total + bool(classes)
+    rest = [math.exp(0.2)] * 13  # 14 classes may be pasted
+    weak, left, missed = math.exp(1), sum(rest), 1.0
+    for n in range(3):  # without replacement
+        missed *= (left - n * rest[0]) / (weak + left - n * rest[0])
+    assert hits / total == pytest.approx(1 - missed, abs=0.035)
+
+
+def test_full_trains_on_all_labels_of_the_target(tiny_world, tmp_path, batches_seen):
+    assert loop.main(arguments(tiny_world, tmp_path, strategy="full", steps=2)) == 0
+    target = open_dataset("cityscapes", tiny_world, "train")
+    maps = [resize_labels(target.labels(i), (32, 64)) for i in range(len(target))]
+    for batch in batches_seen:
+        assert all(any(torch.equal(labels, x) for x in maps) for labels in batch)
+
+
+def test_a_mixed_in_image_is_augmented_anew_in_every_step(tiny_world):
+    s = settings_for(
+        {"strategy": "stal", "crop": "40x20", "target_size": "128x64", "workers": 0, "batch": 1}
+    )
+    partners = stal.Partners(s, open_dataset("cityscapes", tiny_world), torch.device("cpu"))
+    images = []
+    for step in range(3):
+        partners.drawn = torch.tensor([[0, 1]])  # the same class and image
+        found = partners.next(step)
+        images += [found.images] if found else []
+    assert len(images) == 2 and not torch.equal(*images)
+
+
+def test_a_place_without_truth_is_no_padding():
+    """254, nobody knows the class, is inside the image: its prediction may be cut out."""
+    logits = torch.zeros(2, 19, 8, 8)
+    logits[1, 7, 2:6, 2:6] = 5
+    truth = torch.full((1, 8, 8), 254, dtype=torch.uint8)
+    others = stal.Others(torch.ones(1, 3, 8, 8), truth, torch.tensor([7]))
+    generator = torch.Generator().manual_seed(0)
+    image, _, _ = stal.cut(torch.zeros(1, 3, 8, 8), logits, truth, others, generator)
+    # searched on every 4th pixel: the patch holds (4, 4), its cell is rows and columns 4 to 7
+    assert image[0, 0].nonzero().tolist() == [[r, c] for r in range(4, 8) for c in range(4, 8)]
+    padding = stal.Others(torch.ones(1, 3, 8, 8), torch.full_like(truth, NONE), torch.tensor([7]))
+    image, _, _ = stal.cut(torch.zeros(1, 3, 8, 8), logits, truth, padding, generator)
+    assert abs(int(image[0, 0].sum()) - 32) <= 8  # no prediction in padding: a random half
+
+
+def test_source_only_passes_no_target_image(tiny_world, tmp_path, monkeypatch):
+    original = loop.forward_both
+
+    def check(model, source, target):
+        assert target is None and source is not None
+        return original(model, source, target)
+
+    monkeypatch.setattr(loop, "forward_both", check)
+    assert loop.main(arguments(tiny_world, tmp_path, strategy="source-only", steps=1)) == 0
+
+
+def test_pseudo_labels_are_trained_on_beside_the_bought_ones(tiny_world, tmp_path, batches_seen):
+    """A round before step 1, pseudo-labels before step 2: bought labels first, then both."""
+    options = {
+        "pseudo": "cbst",
+        "pseudo_steps": "2",
+        "query_steps": "1",
+        "rounds": 1,
+        "rules": "code",
+    }
+    words = arguments(tiny_world, tmp_path, strategy="ripu", steps=4, budget=0.4, **options)
+    assert loop.main(words) == 0
+    target = open_dataset("cityscapes", tiny_world, "train")
+    store, pseudo = Rounds(tmp_path / "rounds"), Rounds(tmp_path / "pseudo")
+    for step in (2, 3):
+        maps = []
+        for index in range(len(target)):
+            both = bought_and_pseudo(target, store, 1, pseudo, 1, index)
+            assert ((both < 19).any()) and ((both >= 100) & (both != NONE)).any()
+            maps.append(resize_labels(both, (32, 64)))
+        for labels in batches_seen[step]:
+            assert any(torch.equal(labels, x) for x in maps), f"step {step}"
+    assert (batches_seen[0] == NONE).all() and (batches_seen[1][batches_seen[1] != NONE] < 19).all()

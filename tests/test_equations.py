@@ -18,84 +18,125 @@ PACKAGE = Path(loop.__file__).parent
 TESTS = Path(__file__).parent
 MARK = re.compile(r"^\s*# (?:(RIPU|STAL) Eq\. \((\d)\)|(CBST|CBDA), ([a-z -]+)): ")
 
-# (paper, number or name): the function that holds the line, a strategy that runs it, the test that checks it
+REGION = "test_ripu_score_equals_the_recorded_official_one"
+LABELS = "test_pseudo_labels_by_the_codes_rule_and_masks_equal_the_recorded_ones"
+STEPS = "test_ripu_steps_equal_the_recorded_ones"
+EPS = "7e-6: the code adds 1e-6 in its logarithms"
+# (paper, number or name): the function that holds the line, a strategy that runs it, the test that
+# checks it, and the largest gap to the recorded official output that the test prints
 EQUATIONS = {
-    ("RIPU", "1"): ("region_impurity", "ripu", "test_ripu_score_equals_a_slow_loop"),
-    ("RIPU", "2"): ("region_impurity", "ripu", "test_ripu_score_equals_a_slow_loop"),
-    ("RIPU", "3"): ("region_impurity", "ripu", "test_ripu_score_equals_the_recorded_official_one"),
-    ("RIPU", "4"): (
-        "region_uncertainty",
+    ("RIPU", "1"): (
+        "acquisition.region_impurity",
         "ripu",
-        "test_ripu_score_equals_the_recorded_official_one",
+        "test_ripu_score_equals_a_slow_loop",
+        "exact",
     ),
-    ("RIPU", "5"): ("ripu_score", "ripu", "test_ripu_score_equals_the_recorded_official_one"),
-    ("RIPU", "6"): (
-        "cross_entropy",
+    ("RIPU", "2"): (
+        "acquisition.region_impurity",
         "ripu",
-        "test_cross_entropy_is_torchs_mean_over_labelled_pixels",
+        "test_ripu_score_equals_a_slow_loop",
+        "exact",
     ),
+    ("RIPU", "3"): ("acquisition.region_impurity", "ripu", REGION, EPS),
+    ("RIPU", "4"): ("acquisition.region_uncertainty", "ripu", REGION, EPS),
+    ("RIPU", "5"): ("acquisition.ripu_score", "ripu", REGION, EPS),
+    ("RIPU", "6"): ("losses.cross_entropy", "ripu", STEPS, "1e-8"),
     ("RIPU", "7"): (
-        "local_consistency",
+        "losses.local_consistency",
         "ripu",
         "test_local_consistency_equals_the_recorded_official_one",
+        "exact",
     ),
     ("RIPU", "8"): (
-        "negative_learning",
+        "losses.negative_learning",
         "ripu",
         "test_negative_learning_equals_the_recorded_official_one",
+        "1.0e-6: the code adds 1e-6 in its logarithm",
     ),
-    ("RIPU", "9"): ("train_queries", "ripu", "test_the_total_is_the_weighted_sum"),
-    ("STAL", "1"): ("train_stal", "stal", "test_the_total_is_the_weighted_sum"),
-    ("STAL", "2"): ("ohem_cross_entropy", "stal", "test_ohem_equals_the_recorded_official_one"),
+    ("RIPU", "9"): ("loop.train_queries", "ripu", STEPS, "1e-8"),
+    ("STAL", "1"): ("loop.train_stal", "stal", "test_stal_steps_equal_the_recorded_ones", "1e-14"),
+    ("STAL", "2"): (
+        "losses.ohem_cross_entropy",
+        "stal",
+        "test_ohem_equals_the_recorded_official_one",
+        "2e-7",
+    ),
     ("STAL", "3"): (
-        "weighted_consistency",
+        "losses.weighted_consistency",
         "stal",
         "test_weighted_consistency_equals_the_recorded_one_but_for_ignored_pixels",
+        "5e-7, but for D14",
     ),
     ("STAL", "4"): (
-        "class_contrast",
+        "losses.class_contrast",
         "stal",
         "test_the_contrastive_loss_equals_the_recorded_one_where_all_classes_are_present",
+        "2e-7, given the code's negatives (D15)",
     ),
-    ("STAL", "5"): (
-        "reliable_pseudo_labels",
+    ("STAL", "5"): ("selftraining.reliable_pseudo_labels", "stal", LABELS, "1e-6"),
+    ("STAL", "6"): ("selftraining.reliable_pseudo_labels", "stal", LABELS, "exact"),
+    ("STAL", "7"): ("selftraining.drop_share", "stal", LABELS, "exact"),
+    ("STAL", "8"): (
+        "acquisition.image_uncertainty",
         "stal",
-        "test_pseudo_labels_by_the_codes_rule_and_masks_equal_the_recorded_ones",
+        "test_image_scores_equal_the_recorded_ones",
+        EPS,
     ),
-    ("STAL", "6"): (
-        "reliable_pseudo_labels",
-        "stal",
-        "test_pseudo_labels_by_the_codes_rule_and_masks_equal_the_recorded_ones",
+    ("CBST", "objective"): (
+        "loop.train_cbst",
+        "cbst-sp",
+        "test_the_total_is_the_weighted_sum",
+        "no recording of a step",
     ),
-    ("STAL", "7"): (
-        "drop_share",
-        "stal",
-        "test_pseudo_labels_by_the_codes_rule_and_masks_equal_the_recorded_ones",
-    ),
-    ("STAL", "8"): ("image_uncertainty", "stal", "test_image_scores_equal_the_recorded_ones"),
-    ("CBST", "objective"): ("train_cbst", "cbst-sp", "test_the_total_is_the_weighted_sum"),
     ("CBST", "thresholds"): (
-        "thresholds",
+        "selftraining.thresholds",
         "cbst-sp",
         "test_thresholds_equal_the_recorded_ones_of_crst",
+        "1.3e-5",
     ),
     ("CBST", "pseudo-labels"): (
-        "cbst_pseudo_labels",
+        "selftraining.cbst_pseudo_labels",
         "cbst-sp",
         "test_pseudo_labels_equal_the_recorded_ones_of_crst",
+        "exact",
     ),
     ("CBST", "spatial priors"): (
-        "_best_class",
+        "selftraining._best_class",
         "cbst-sp",
         "test_thresholds_and_labels_equal_the_recorded_ones_of_cbst_with_and_without_prior",
+        "exact",
     ),
-    ("CBDA", "class balance"): ("class_weights", "cbda", "test_class_weights_one_can_do_by_hand"),
+    ("CBDA", "class balance"): (
+        "acquisition.class_weights",
+        "cbda",
+        "test_class_weights_one_can_do_by_hand",
+        "no public code",
+    ),
     ("CBDA", "dynamic acquisition"): (
-        "select",
+        "acquisition.select",
         "cbda",
         "test_global_budget_equals_the_greedy_on_the_stacked_tensor",
+        "no public code",
     ),
 }
+
+
+def table() -> str:
+    """The README's index of equations."""
+    homes = {}
+    for path in sorted(TESTS.glob("test_*.py")):
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), flags=re.M):
+            homes[name] = path.name
+    rows = ["| equation | line in | test in | gap |", "|---|---|---|---|"]
+    previous = None
+    for (paper, number), (function, _, test, gap) in EQUATIONS.items():
+        place = f"`{function}` | [{homes[test]}](tests/{homes[test]}) | {gap} |"
+        if place == previous:
+            rows[-1] = rows[-1].replace(" |", f", {number} |", 1)
+        else:
+            rows.append(f"| {paper} ({number}) | {place}".replace("(", "", 1).replace(")", "", 1))
+        previous = place
+    return "\n".join(rows)
 
 
 def marked_lines() -> list[tuple[tuple[str, str], str, int]]:
@@ -119,8 +160,14 @@ def test_every_equation_stands_above_one_line():
 
 def test_every_equation_has_a_test():
     text = "".join(path.read_text() for path in TESTS.glob("test_*.py"))
-    for key, (_, _, test) in EQUATIONS.items():
+    for key, (_, _, test, _) in EQUATIONS.items():
         assert f"def {test}(" in text, f"{key}: no test named {test}"
+
+
+def test_the_readmes_index_is_this_table():
+    readme = (TESTS.parent / "README.md").read_text()
+    found = re.search(r"<!-- equations -->\n(.*?)\n<!-- end -->", readme, flags=re.S)
+    assert found and found[1] == table(), f"put this into README.md:\n{table()}"
 
 
 def lines_run(files: set[str], words: list[str]) -> dict[tuple[str, int], str]:
@@ -149,8 +196,10 @@ def test_a_run_executes_its_equations(strategy, tiny_world, tmp_path):
     options = {"ohem_threshold": 0.7, "contrast_start": 0} if strategy == "stal" else {}
     words = arguments(tiny_world, tmp_path, strategy=strategy, steps=6, **options)
     seen = lines_run({file for file, _ in marks.values()}, words)
-    for key, (function, runs_it, _) in EQUATIONS.items():
+    for key, (function, runs_it, _, _) in EQUATIONS.items():
         if runs_it == strategy:
-            assert seen.get(marks[key]) == function, (
+            module, name = function.split(".")
+            assert Path(marks[key][0]).stem == module
+            assert seen.get(marks[key]) == name, (
                 f"{key}: line {marks[key]} is not run by {strategy}"
             )

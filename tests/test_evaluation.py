@@ -18,8 +18,8 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def test_confusion_matrix_equals_a_slow_loop():
     generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 7, (2, 9, 11), generator=generator).to(torch.uint8)
-    labels[labels == 6] = 255
+    labels = torch.randint(0, 6, (2, 9, 11), generator=generator).to(torch.uint8)
+    labels[labels == 5] = 255
     prediction = torch.randint(0, 5, (2, 9, 11), generator=generator)
     expected = torch.zeros(5, 5, dtype=torch.int64)
     for t, p in zip(labels.flatten().tolist(), prediction.flatten().tolist(), strict=True):
@@ -241,19 +241,6 @@ def test_user_mistakes_are_one_line(arguments, message, capsys, tiny_world):
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
-def test_pictures_put_panels_side_by_side():
-    labels = torch.zeros(4, 6, dtype=torch.uint8)
-    panels = {
-        "image": torch.full((3, 4, 6), 9, dtype=torch.uint8),
-        "truth": labels,
-        "score": torch.rand(4, 6),
-        "asked": labels > 0,
-    }
-    sheet = np.array(E.picture(panels, (8, 12)))
-    assert sheet.shape == (8 + 14, 4 * 12 + 3 * 4, 3)
-    assert (sheet[14:, :12] == 9).all() and (sheet[14:, 16:28] == CLASSES[0].colour).all()
-
-
 def test_dataset_without_labels_cannot_be_scored(tiny_world):
     data = open_dataset("cityscapes", tiny_world, "val")
     bare = SegmentationDataset(
@@ -336,6 +323,24 @@ def test_compare_lays_runs_side_by_side(tmp_path, capsys):
         and rows[0]["IoU train"] == ""
     )
     assert np.array(Image.open(files["--plot"]).convert("RGB")).std() > 5
+
+
+def test_means_are_over_runs_that_differ_in_the_seed_alone(tmp_path):
+    runs = [
+        finished(tmp_path / name, miou=m) for name, m in (("a0", 0.4), ("a1", 0.6), ("other", 0.9))
+    ]
+    for run, changes in zip(runs, ({"seed": 0}, {"seed": 1}, {"seed": 2, "lr": 9.0}), strict=True):
+        path = tmp_path / run / "config.json"
+        s = json.loads(path.read_text())["settings"] | {
+            "init": f"start-{changes['seed']}.pt",
+            **changes,
+        }
+        path.write_text(json.dumps({"settings": s}))
+    rows = E.comparison(runs)
+    assert rows[0]["recipe"] == rows[1]["recipe"] != rows[2]["recipe"]
+    text = E.comparison_text(rows)
+    assert "mIoU19 50.00 +- 14.14, n = 2, seeds 0, 1" in text and "n = 3" not in text
+    assert runs[0] in text and "18 classes" in text
 
 
 def test_compare_refuses_to_mix(tmp_path, capsys):

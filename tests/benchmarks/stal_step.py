@@ -1,33 +1,34 @@
-"""A step of STAL at 769x769, 1 + 1 images, 19 classes: does it wait for the device, and what does its contrastive part cost?
+"""A step of STAL at 769x769, 2 + 2 images, 19 classes: does it wait for the device, and what does its
+contrastive part cost?
 
-    python -m tests.benchmarks.stal_step                          # ResNet-18 on a CPU, ResNet-101 where there is a GPU
+    python -m tests.benchmarks.stal_step                          # ResNet-18 on a CPU, ResNet-101 on a GPU
     python -m tests.benchmarks.stal_step --backbone resnet101
 
-First the profiler looks at a whole step (mixing, teacher, student, three losses, optimizer, averages) for operations that hand a
-value of the device to the host: on a GPU each of them would wait for all work that is queued (one cudaEventSynchronize is
-expected there: the read of what the step before drew, see alda/mixing.py). Then the contrastive loss
-with the memory bank on the device runs in turn with a plain version that keeps the bank as tensors on the host,
-from the same random numbers: gap, medians, memory.
+First the profiler looks at a whole step of the loop (mixing, teacher, student, three losses, optimizer,
+averages) for operations that hand a value of the device to the host: on a GPU each of them would wait for
+all work that is queued (one cudaEventSynchronize is expected there: the read of what the step before
+drew, see alda/stal.py). Then the contrastive loss with the memory bank on the device runs in turn with a
+plain version that keeps the bank as tensors on the host, from the same random numbers: gap, medians,
+memory.
 """
 
 import argparse
+import contextlib
+import itertools
 import statistics
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from alda import toy
-from alda.datasets import open_dataset
-from alda.losses import MemoryBank, contrastive, contrastive_sets
-from alda.run import Run
-from alda.selftraining import update_teacher
+from alda import loop, toy
+from alda.losses import MemoryBank, contrastive, contrastive_keys, contrastive_sets
 from alda.settings import settings_for
-from alda.stal import Stal
 
 CLASSES, SIZE = 19, 769
 WAITS = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::masked_select",
@@ -35,33 +36,55 @@ WAITS = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::n
          "cudaMemcpy")  # fmt: skip
 
 
-def system_of(folder: str, backbone: str, device: torch.device) -> tuple[Run, Stal]:
-    """A student and all that STAL keeps beside it, on a few images of the miniature world."""
+class Enough(Exception):
+    """Ends a run of the loop after the steps that are measured."""
+
+
+def measure_steps(folder: str, backbone: str, device: torch.device, runs: int):
+    """Runs loop.train_stal on one batch of the benchmark's sizes: (profile of the fourth step, the first
+    that mixes with a full bank; seconds of each of the `runs` steps after it)."""
     toy.write(folder, counts=toy.SMALL)
-    given = {
-        "root": folder,
-        "init": "none",
-        "backbone": backbone,
-        "batch": 1,
-        "workers": 0,
-        "source_size": "1914x1052",
+    given = {"root": folder, "init": "none", "backbone": backbone, "batch": 2, "workers": 0}
+    s = settings_for(
+        {
+            "strategy": "stal",
+            "steps": 60,
+            "contrast_start": 0.0,
+            "budget": 0.5,
+            "rounds": 2,
+            **given,
+        }
+    )
+    batch = example_batch(device)
+    endless = [itertools.repeat(part) for part in (batch[:2], batch[:2], batch[2:])]
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    recorder, marks = profile(activities=kinds), []
+
+    def after_step(run, step, *_):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+        if step == 3:
+            run.parts["bank"].count.copy_(run.parts["bank"].sizes)  # full, as after some epochs
+            run.parts["bank"].keys.normal_()
+            recorder.start()
+        if step == 4:
+            recorder.stop()
+        if step == 4 + runs:
+            raise Enough
+
+    patches = {
+        "loop_batches": lambda *_: endless,
+        "ask_images": lambda *_: None,
+        "note_before": lambda *_: None,
     }
-    s = settings_for({"strategy": "stal", **given})
-    run = Run(s, Path(folder) / "run", device)
-    system = Stal(s, run, open_dataset("gta5", folder), open_dataset("cityscapes", folder))
-    system.bank.count.copy_(system.bank.sizes)  # full, as after some epochs
-    system.bank.keys.normal_()
-    return run, system
-
-
-def step(run: Run, system: Stal, batch: list[torch.Tensor], number: int) -> None:
-    """The body of the loop in alda/loop.py."""
-    run.set_rate(0.5)
-    others, generator = system.partners.next(number), system.generator(number)
-    system.partners.draw(system.confidence.value, system.images, generator)
-    losses, health = system.losses(batch, others, generator, 0.5)
-    run.descend(losses, {"supervised": 1.0, "unlabelled": 1.0, "contrastive": 0.1}, health)
-    update_teacher(system.teacher, run.model, number)
+    with (
+        mock.patch.multiple(loop, **patches),
+        mock.patch.object(loop.Run, "log", after_step),
+        contextlib.suppress(Enough),
+    ):
+        loop.train_stal(s, Path(folder) / "run", device)
+    return recorder, [later - sooner for sooner, later in itertools.pairwise(marks[3:])]
 
 
 def waits(recorded) -> dict[str, int]:
@@ -70,14 +93,13 @@ def waits(recorded) -> dict[str, int]:
 
 
 def example_batch(device) -> list[torch.Tensor]:
-    """Images, labels, unlabelled images, their truth, their index; labels in blocks, as streets have them."""
+    """Images, labels, unlabelled images, their truth, their index; labels in blocks, as streets are."""
     g = torch.Generator().manual_seed(0)
-    images = [torch.randn(1, 3, SIZE, SIZE, generator=g) for _ in range(2)]
-    blocks = [torch.randint(CLASSES, (1, 1, 40, 40), generator=g).float() for _ in range(2)]
-    labels = [F.interpolate(b, (SIZE, SIZE))[0].to(torch.uint8) for b in blocks]
+    images = [torch.randn(2, 3, SIZE, SIZE, generator=g) for _ in range(2)]
+    blocks = [torch.randint(CLASSES, (2, 1, 40, 40), generator=g).float() for _ in range(2)]
+    labels = [F.interpolate(b, (SIZE, SIZE))[:, 0].to(torch.uint8) for b in blocks]
     return [
-        x.to(device)
-        for x in (images[0], labels[0], images[1], labels[1], torch.zeros(1, dtype=torch.int64))
+        x.to(device) for x in (images[0], labels[0], images[1], labels[1], torch.tensor([0, 1]))
     ]
 
 
@@ -150,8 +172,13 @@ def compare_contrastive(device: torch.device, runs: int) -> None:
             torch.rand(CLASSES, 256, generator=g, device=device),
             torch.rand(CLASSES, 256, 50, generator=g, device=device),
         )
-        both = (partial(contrastive, features, teacher, sets, ours, draws=draws),
-                partial(plain_contrastive, features, teacher, sets, plain_bank, sizes, draws))  # fmt: skip
+
+        def ours_step(draws=draws):
+            ours.add(*contrastive_keys(teacher, sets[2], ours.most))
+            return contrastive(features, teacher, sets, ours, draws=draws)
+
+        plain = partial(plain_contrastive, features, teacher, sets, plain_bank, sizes, draws)
+        both = (ours_step, plain)
         row, losses, gradients = [], [], []
         for function in both:
             features.grad = None
@@ -191,36 +218,15 @@ def main() -> None:
         else f"CPU, {torch.get_num_threads()} threads"
     )
     print(
-        f"{where}, torch {torch.__version__}, {backbone}, {SIZE}x{SIZE}, 1 + 1 images, {CLASSES} classes, float32"
+        f"{where}, torch {torch.__version__}, {backbone}, {SIZE}x{SIZE}, 2 + 2 images, {CLASSES} classes"
     )
     with tempfile.TemporaryDirectory() as folder:
-        run, system = system_of(folder, backbone, device)
-        batch, times = example_batch(device), []
-        for number in range(3):  # the first two have nothing to mix in yet
-            step(run, system, batch, number)
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-        with profile(activities=activities) as recorded:
-            step(run, system, batch, 3)
-        print(f"operations in a step that would wait for the device: {waits(recorded) or 'none'}")
-        for number in range(4, 4 + args.runs):
-            began = time.perf_counter()
-            step(run, system, batch, number)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
-        peak = (
-            f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-            if device.type == "cuda"
-            else ""
-        )
-        print(f"a step: {statistics.median(times):.2f} s (n={args.runs}){peak}")
-        if isinstance(run.history[-1], torch.Tensor):
-            print(
-                "losses "
-                + ", ".join(
-                    f"{n} {v:.3f}" for n, v in zip(run.names, run.history[-1].tolist(), strict=True)
-                )
-            )
+        recorded, times = measure_steps(folder, backbone, device, args.runs)
+    print(f"operations in a step that would wait for the device: {waits(recorded) or 'none'}")
+    peak = ""
+    if device.type == "cuda":
+        peak = f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+    print(f"a step: {statistics.median(times):.2f} s (n={args.runs}){peak}")
     compare_contrastive(device, args.runs)
 
 

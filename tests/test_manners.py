@@ -1,0 +1,214 @@
+"""Wrong input is told in one line; the command line says what it does; the README's code runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_loop import arguments
+
+from alda import __version__, acquisition, evaluation, loop, losses, settings
+from alda.annotation import Rounds, ledger
+
+ROOT = Path(__file__).parent.parent
+LOGITS, LABELS = torch.randn(2, 5, 6, 7), torch.zeros(2, 6, 7, dtype=torch.uint8)
+SCORES = (
+    acquisition.ripu_score,
+    acquisition.pixel_score,
+    acquisition.entropy_score,
+    acquisition.margin_score,
+)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize(
+    "given,message",
+    [
+        (LOGITS.numpy(), "use torch.from_numpy"),
+        (LOGITS[0, 0], r"\(C,H,W\) or \(N,C,H,W\), got torch.float32 \(6, 7\)"),
+        (LOGITS.long(), "must be floats"),
+        (LOGITS[:, :1], "2 to 255 classes, got 1"),
+        (torch.randn(300, 4, 4), "2 to 255 classes, got 300"),
+        (torch.randn(512, 600, 19), "use permute"),
+        (LOGITS.softmax(1), "logits before the softmax"),
+    ],
+)
+def test_scores_refuse_what_is_no_map_of_logits(score, given, message):
+    with pytest.raises(ValueError, match=message) as error:
+        score(given)
+    assert "\n" not in str(error.value)
+
+
+def test_scores_take_any_number_of_classes():
+    for number in (2, 21, 255):
+        score, _, _ = acquisition.ripu_score(torch.randn(number, 5, 6))
+        assert score.shape == (5, 6) and score.max() <= 1
+
+
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda: acquisition.pixel_entropy(LOGITS), "a softmax may be missing"),
+        (lambda: acquisition.image_uncertainty(LOGITS.softmax(1).numpy()), "torch.from_numpy"),
+        (lambda: acquisition.region_impurity(torch.rand(4, 4), 19), "integer class ids"),
+        (lambda: acquisition.region_impurity(LABELS, 1), "2 to 255 classes"),
+        (lambda: acquisition.select_regions(np.zeros((4, 4)), 1, 1), "torch.from_numpy"),
+        (lambda: acquisition.paint(torch.tensor([[0, -1]]), 1, (4, 4)), "outside the 4x4 image"),
+        (lambda: acquisition.paint(torch.tensor([[4, 0]]), 1, (4, 4)), "outside the 4x4 image"),
+        (lambda: acquisition.paint(torch.rand(3, 2), 1, (4, 4)), r"integers \(n,2\)"),
+        (lambda: losses.cross_entropy(LOGITS.numpy(), LABELS), "torch.from_numpy"),
+        (lambda: losses.cross_entropy(LOGITS, LABELS[:1]), "integer labels"),
+        (lambda: losses.local_consistency(LOGITS, LABELS[:, :3]), "integer labels"),
+        (lambda: losses.ohem_cross_entropy(LOGITS, LABELS.float()), "integer labels"),
+        (lambda: evaluation.confusion_matrix(LABELS, LABELS + 77, 5), "labels holds 77"),
+        (lambda: evaluation.confusion_matrix(LABELS, LABELS[:1], 5), "one shape"),
+        (lambda: evaluation.confusion_matrix(LOGITS[:, 0], LABELS, 5), "integer maps"),
+        (lambda: evaluation.summary(torch.zeros(5, 5)), "19 names for a matrix of 5"),
+    ],
+)
+def test_wrong_calls_are_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def test_masks_may_be_bool_or_uint8():
+    score = torch.rand(6, 6)
+    for block in (torch.rand(6, 6) > 0.5, torch.zeros(6, 6, dtype=torch.bool)):
+        a, b = (
+            acquisition.select_regions(score, 4, 1, m) for m in (block, block.to(torch.uint8) * 255)
+        )
+        assert torch.equal(a, b)
+        assert torch.equal(
+            acquisition.dilate(block, 1), acquisition.dilate(block.to(torch.uint8), 1)
+        )
+
+
+def test_other_classes_than_cityscapes(tmp_path):
+    names = ("background", "person", "car")
+    result = evaluation.summary(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]), names)
+    assert result["mIoU3"] == pytest.approx((3 / 4 + 4 / 5) / 2) and result["classes3"] == 2
+    assert result["absent"] == ["car"] and "over 2 classes" in evaluation.describe(result)
+    with Rounds(tmp_path, names).new(1) as new:
+        new.add(
+            "a",
+            torch.ones(2, 2, dtype=torch.bool),
+            lambda m: torch.tensor([[0, 1], [1, 255]]).byte(),
+            1,
+            (2, 2),
+        )
+    total = ledger([Rounds(tmp_path).record(1)])
+    assert total["classes"] == {"background": 1, "person": 2, "car": 0}
+    third = torch.tensor([1 / 3, 2 / 3])
+    assert total["class_entropy"] == pytest.approx(float(-(third * third.log()).sum() / np.log(3)))
+
+
+# ------------------------------------------------------------------------------------- the command line
+
+
+def test_python_m_alda_lists_the_commands():
+    done = subprocess.run([sys.executable, "-m", "alda"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and __version__ in done.stdout
+    for name in ("alda.loop", "alda.evaluation", "alda.toy"):
+        assert name in done.stdout
+
+
+def test_help_is_short_and_help_all_is_not(capsys):
+    texts = []
+    for word in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as stop:
+            settings.parse([word])
+        assert stop.value.code == 0
+        texts.append(capsys.readouterr().out)
+    short, full = texts
+    assert "--strategy" in short and "--ohem-pixels" not in short and "--ohem-pixels" in full
+    assert len(short.splitlines()) < 100 < len(full.splitlines())
+    assert "stal 4" in short  # each strategy's own defaults
+    assert "cbst 0.0001" in full and "25%..45% of steps" in full
+
+
+def test_a_short_run_of_cbst_starts_no_long_source_training(tiny_world, tmp_path, capsys):
+    words = arguments(tiny_world, tmp_path, strategy="cbst", steps=4, rules="code")
+    at = words.index("--source-steps")
+    assert loop.main(words[:at] + words[at + 2 :]) == 0
+    assert "source-only: 4 steps in" in capsys.readouterr().out
+    assert (
+        settings.settings_for({"strategy": "cbst"}).source_steps == 0
+    )  # as long as source-only's default
+
+
+def test_a_crop_that_no_image_fills_is_said(capsys):
+    settings.parse(
+        [
+            "--strategy",
+            "cbst",
+            "--crop",
+            "4096x2048",
+            "--source-size",
+            "2048x1024",
+            "--scale",
+            "0.5,1.5",
+        ]
+    )
+    err = capsys.readouterr().err
+    assert "note: --crop 4096x2048 is larger than --source-size 2048x1024 ever gets" in err
+    settings.parse(["--strategy", "stal"])
+    assert capsys.readouterr().err == ""
+
+
+# --------------------------------------------------------------------------------------------- the README
+
+
+def blocks(language: str) -> list[str]:
+    """The README's code blocks of a language."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+
+
+def test_the_readmes_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(acquisition, "SCORES", dict(acquisition.SCORES))
+    found = blocks("python")
+    assert len(found) >= 2
+    for block in found:
+        exec(compile(block, "README.md", "exec"), {})
+    assert acquisition.SCORES["confidence"](torch.zeros(19, 3, 4), 1, "region", 0).shape == (3, 4)
+
+
+def test_a_new_score_is_a_strategy(tiny_world, tmp_path):
+    """The README's ten lines before `alda.loop` is imported: the strategy is there and runs."""
+    score = next(block for block in blocks("python") if "SCORES[" in block)
+    words = arguments(
+        tiny_world, tmp_path / "out", strategy="confidence", steps=4, query_steps="1,2"
+    )
+    script = f"{score}\nimport sys\nfrom alda import loop\nsys.exit(loop.main({words!r}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert '"confidence"' in (tmp_path / "out/config.json").read_text()
+
+
+def test_the_readme_is_a_front_page():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.encode()) <= 12_000
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / link).exists(), f"README links to {link}, which is not there"
+
+
+def test_differences_have_unique_numbers_and_the_readme_names_their_homes():
+    """D1, D2, ... stand in the modules they concern; the README's list of homes is right."""
+    homes = {}
+    for path in sorted((ROOT / "alda").glob("*.py")):
+        for number in re.findall(r"^ +D(\d+)\. ", path.read_text(), flags=re.M):
+            assert number not in homes, f"D{number} stands in {homes[number]} and in {path.name}"
+            homes[number] = path.name
+    assert sorted(map(int, homes)) == list(range(1, len(homes) + 1))
+    listed = re.findall(
+        r"D(\d+)(?:-D(\d+))? \[`(\w+)`\]\(alda/\w+\.py\)", (ROOT / "README.md").read_text()
+    )
+    found = {}
+    for first, last, module in listed:
+        for number in range(int(first), int(last or first) + 1):
+            found[str(number)] = f"{module}.py"
+    assert found == homes
