@@ -233,6 +233,7 @@ def box_sum(values: torch.Tensor, k: int) -> torch.Tensor:
 
     uint8 counts of 0/1 maps are widened as far as (2k+1)^2 needs; float maps stay float32.
     """
+    k = min(k, max(values.shape[-2:]))  # a larger window holds no more
     width = 2 * k + 1
     for dim, largest in ((-1, width), (-2, width * width)):
         if not values.is_floating_point():
@@ -341,6 +342,7 @@ def select_regions(
             f"{shapes[0]}, blocked {shapes[1]}, tie_break {shapes[2]}, {count}, {block_radius}"
         )
     height, width = score.shape
+    block_radius = min(block_radius, max(height, width))  # a larger one blocks no more
     values = score.detach().float()
     values = values.masked_fill(values.isnan(), -math.inf)
     if blocked is not None:

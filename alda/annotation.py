@@ -9,9 +9,12 @@
 A round of queries is a folder `rounds/01` that is never changed once it is complete:
 `queries/IMAGE.png` (255 = asked), `answers/IMAGE.png` (train ids, 255 = no answer) and `round.json`
 (the ledger). A round of pseudo-labels is a folder `pseudo/01` with `labels/IMAGE.png` (train ids,
-255 = none) and `round.json`. Axes: H rows, W columns; maps are (H,W).
+255 = none) and `round.json`. Every round.json holds the sha256 of the round's files; whoever reads a
+file checks it. Axes: H rows, W columns; maps are (H,W).
 """
 
+import hashlib
+import io
 import json
 import math
 import os
@@ -23,7 +26,17 @@ import torch
 from PIL import Image
 
 from alda import IGNORE, InputError
-from alda.datasets import NAMES, PSEUDO, SegmentationDataset, resize_labels
+from alda.datasets import (
+    NAMES,
+    PICTURE_ERRORS,
+    PSEUDO,
+    SegmentationDataset,
+    checked_picture,
+    file_name,
+    read_json,
+    resize_labels,
+    write_atomic,
+)
 
 
 def ground_truth(dataset: SegmentationDataset, index: int):
@@ -51,6 +64,7 @@ class Rounds:
 
     def __init__(self, folder: str | Path, names: tuple[str, ...] = NAMES):
         self.folder, self.names = Path(folder), tuple(names)
+        self.sums: dict[int, dict[str, str] | None] = {}  # of the rounds read so far, see `files`
 
     def complete(self) -> int:
         """How many rounds stand. Raises InputError when their numbers have a gap (a folder was
@@ -71,14 +85,67 @@ class Rounds:
         return NewRound(self.path(number), self.names)
 
     def record(self, number: int) -> dict:
-        """The ledger of round `number` (its round.json)."""
-        return json.loads((self.path(number) / "round.json").read_text())
+        """The ledger of round `number`: its round.json but for the sums of its files."""
+        path = self.path(number) / "round.json"
+        record = read_json(path, "classes", "labelled")
+        kinds = {"classes": dict, "labelled": int}
+        if "kind" not in record:  # of queries
+            kinds |= {**dict.fromkeys(LEDGER, int), "images": dict}
+        wrong = [name for name, kind in kinds.items() if not isinstance(record.get(name), kind)]
+        if wrong or not record["classes"].keys() >= set(self.names):
+            raise InputError(
+                f"{path}: {', '.join(wrong or ['classes'])} missing or of another kind; restore it "
+                "from a copy"
+            )
+        record.pop("files", None)
+        return record
+
+    def files(self, number: int) -> dict[str, str] | None:
+        """{"answers/IMAGE.png": sha256, ...}: the files that round `number` was completed with; None
+        for a round of an earlier version, which did not say."""
+        if number not in self.sums:
+            path = self.path(number) / "round.json"
+            sums = read_json(path).get("files")
+            if sums is not None and not isinstance(sums, dict):
+                raise InputError(f"{path}: 'files' is no table of sums; restore it from a copy")
+            self.sums[number] = sums
+        return self.sums[number]
+
+    def verify(self) -> None:
+        """Raises InputError where a file of a complete round is missing, was changed, or was added
+        since the round was completed."""
+        for number in range(1, self.complete() + 1):
+            folder, sums, _ = self.path(number), self.files(number), self.record(number)
+            if sums is None:
+                print(
+                    f"{folder}: of an earlier version, has no sums of its files; not checked",
+                    flush=True,
+                )
+                continue
+            for name, value in sums.items():
+                checked_bytes(folder / name, value)
+            found = {path.relative_to(folder).as_posix() for path in folder.rglob("*.png")}
+            if extra := sorted(found - sums.keys()):
+                raise InputError(
+                    f"{folder / extra[0]}: was not there when the round was completed; remove it"
+                )
+
+    def read(self, number: int, part: str, image_id: str, shape, default: int) -> torch.Tensor:
+        """The (H,W) uint8 map of an image in `part` ("queries", "answers", "labels") of round
+        `number`; `default` everywhere for an image that the round does not hold."""
+        name = f"{part}/{file_name(image_id)}.png"
+        path, sums = self.path(number) / name, self.files(number)
+        if sums is None:  # an earlier version: what is there
+            return read_map(path, shape, default)
+        if name not in sums:
+            return torch.full(tuple(shape), default, dtype=torch.uint8)
+        return decode_map(path, checked_bytes(path, sums[name]), shape)
 
     def asked(self, image_id: str, shape: tuple[int, int], upto: int | None = None) -> torch.Tensor:
         """Every pixel asked in rounds 1..upto (default: all), (H,W) bool."""
         mask = torch.zeros(tuple(shape), dtype=torch.bool)
         for number in range(1, self._upto(upto) + 1):
-            mask |= read_map(self.path(number) / "queries" / f"{image_id}.png", shape, 0) == 255
+            mask |= self.read(number, "queries", image_id, shape, 0) == 255
         return mask
 
     def labels(
@@ -88,7 +155,8 @@ class Rounds:
         label."""
         union = torch.full(tuple(shape), IGNORE, dtype=torch.uint8)
         for number in range(1, self._upto(upto) + 1):
-            answers = read_map(self.path(number) / "answers" / f"{image_id}.png", shape, IGNORE)
+            answers = self.read(number, "answers", image_id, shape, IGNORE)
+            check_ids(answers, f"{self.path(number) / 'answers' / image_id}.png", len(self.names))
             union = torch.where(answers != IGNORE, answers, union)
         return union
 
@@ -102,15 +170,33 @@ def begin_folder(path: Path, parts: tuple[str, ...]) -> Path:
     work = path.with_name(path.name + ".incomplete")
     # left by an interrupted round; no person answered in it
     shutil.rmtree(work, ignore_errors=True)
-    for part in parts:
-        (work / part).mkdir(parents=True)
+    try:
+        for part in parts:
+            (work / part).mkdir(parents=True)
+    except OSError as error:
+        raise InputError(
+            f"{work}: cannot be made ({error.strerror}); make room or change its rights, then go on "
+            "with --resume"
+        ) from None
     return work
 
 
 def complete_folder(work: Path, path: Path, record: dict) -> None:
-    """Writes round.json and gives the folder its name: from now on the round is complete."""
-    (work / "round.json").write_text(json.dumps(record, indent=1))
-    os.replace(work, path)
+    """Writes round.json, the sums of all files in it, and gives the folder its name: from now on
+    the round is complete."""
+    maps = sorted(work.rglob("*.png"))
+    sums = {
+        path.relative_to(work).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in maps
+    }
+    write_atomic(work / "round.json", json.dumps({**record, "files": sums}, indent=1))
+    try:
+        os.replace(work, path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be completed ({error.strerror}): was the run's folder removed? go on "
+            "with --resume, or with another --out"
+        ) from None
 
 
 class NewRound:
@@ -143,10 +229,13 @@ class NewRound:
 
         Returns the answers (H,W) uint8. An image of which nothing is asked gets no file. `regions`
         is how many picks the pixels come from; `training_size` (h,w) and `keep_labels` say how the
-        labels will be resized for training: the ledger counts what is left of them.
+        labels will be resized for training: the ledger counts what is left of them. Raises
+        InputError for an id that is no file name, and for answers of another shape or kind, outside
+        0..18 and 255, or where nothing was asked.
         """
         asked = asked.cpu()
         answers = oracle(asked)
+        check_answers(image_id, asked, answers, len(self.names))
         if not asked.any():
             return answers
         write_map(self.work / "queries" / f"{image_id}.png", asked.to(torch.uint8) * 255)
@@ -188,6 +277,33 @@ class NewRound:
         }
 
 
+def check_answers(image_id: str, asked: torch.Tensor, answers: torch.Tensor, classes: int) -> None:
+    """Raises InputError where `answers` are none to the question `asked` (H,W) bool."""
+    file_name(image_id)
+    if answers.dtype != torch.uint8 or answers.shape != asked.shape:
+        raise InputError(
+            f"the oracle's answer for {image_id} is {tuple(answers.shape)} {answers.dtype}, expected "
+            f"{tuple(asked.shape)} torch.uint8"
+        )
+    check_ids(answers, f"the oracle's answer for {image_id}", classes)
+    unasked = int(((answers != IGNORE) & ~asked).sum())
+    if unasked:
+        raise InputError(
+            f"the oracle's answer for {image_id} labels {unasked} pixels that were not asked; they "
+            "must be 255"
+        )
+
+
+def check_ids(labels: torch.Tensor, what: str, classes: int) -> None:
+    """Raises InputError, beginning with `what`, for labels that are no train ids."""
+    wrong = (labels >= classes) & (labels != IGNORE)
+    if wrong.any():
+        ids = labels[wrong].unique()[:8].tolist()
+        raise InputError(
+            f"{what}: holds the ids {ids}, expected train ids 0..{classes - 1} or 255 (none)"
+        )
+
+
 # ------------------------------------------------------------------------------- the ledger
 
 LEDGER = ("asked", "labelled", "ignored", "trained", "regions")
@@ -223,7 +339,9 @@ def pseudo_labels(
     """The pseudo-labels that round `number` gave to a target image: (H,W) uint8 train ids, 255 =
     none."""
     sample = target.samples[index]
-    return read_map(pseudo.path(number) / "labels" / f"{sample.id}.png", sample.size, IGNORE)
+    labels = pseudo.read(number, "labels", sample.id, sample.size, IGNORE)
+    check_ids(labels, f"{pseudo.path(number) / 'labels' / sample.id}.png", len(pseudo.names))
+    return labels
 
 
 def bought_and_pseudo(
@@ -238,19 +356,51 @@ def bought_and_pseudo(
 
 
 def write_map(path: Path, values: torch.Tensor) -> None:
-    """Writes (H,W) uint8 as a single-channel PNG."""
-    Image.fromarray(values.numpy()).save(path)
+    """Writes (H,W) uint8 as a single-channel PNG. Raises InputError where it cannot be written."""
+    packed = io.BytesIO()
+    Image.fromarray(values.numpy()).save(packed, "png")
+    write_atomic(path, packed.getvalue())
 
 
 def read_map(path: Path, shape: tuple[int, int], default: int) -> torch.Tensor:
     """The (H,W) uint8 map of a PNG, `default` everywhere where there is no file; InputError for
-    another size than `shape`."""
+    another size than `shape`, and for a file that cannot be read."""
     if not path.is_file():
         return torch.full(tuple(shape), default, dtype=torch.uint8)
-    with Image.open(path) as picture:
-        values = torch.from_numpy(np.array(picture))
-    if tuple(values.shape) != tuple(shape):
+    return decode_map(path, path.read_bytes(), shape)
+
+
+def decode_map(path: Path, content: bytes, shape: tuple[int, int]) -> torch.Tensor:
+    """The (H,W) uint8 map in the bytes of a PNG; `path` names it in errors (InputError)."""
+    try:
+        with checked_picture(content) as picture:
+            kind, values = picture.mode, np.array(picture)
+    except PICTURE_ERRORS as error:
         raise InputError(
-            f"{path}: is {tuple(values.shape)}, its image is {tuple(shape)} (rows, columns); it belongs to other data"
+            f"{path}: cannot be read as a label map ({type(error).__name__}); restore it from a copy"
+        ) from None
+    if values.shape != tuple(shape):
+        raise InputError(
+            f"{path}: is {values.shape}, its image is {tuple(shape)} (rows, columns); it belongs to other data"
         )
-    return values
+    if values.dtype != np.uint8:
+        raise InputError(f"{path}: is a {kind} picture, expected 8-bit grey; restore it")
+    return torch.from_numpy(values)
+
+
+def checked_bytes(path: Path, sha256: str) -> bytes:
+    """The bytes of a file of a round; InputError where it is missing or not the one with this
+    sum."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{path}: is listed in round.json but cannot be read ({error.strerror}); restore it from "
+            "a copy, or start with another --out"
+        ) from None
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise InputError(
+            f"{path}: was changed since the round was completed (its sha256 is not the one in "
+            "round.json); restore it from a copy, or start with another --out"
+        )
+    return content

@@ -24,8 +24,19 @@ Differences from papers and official code:
       ids among Cityscapes' 19, and resizes SYNTHIA's labels bilinearly, which invents classes.
 """
 
+import atexit
+import hashlib
+import io
+import json
 import math
+import multiprocessing.util
+import os
+import signal
+import struct
+import weakref
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -124,6 +135,62 @@ def colourise(labels: np.ndarray) -> np.ndarray:
 
 # -------------------------------------------------------------------------------------------- files
 
+# what Pillow and torchvision raise for a broken or hostile picture; a decompression bomb is one
+PICTURE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    RuntimeError,
+    ArithmeticError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def read_json(path: Path, *keys: str) -> dict:
+    """The object in a JSON file, which must have `keys`. Raises InputError naming the file."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path}: cannot be read as JSON ({_first_line(error)}); restore it from a copy"
+        ) from None
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing or not isinstance(content, dict):
+        what = f"has no {missing[0]!r}" if missing else "is no object"
+        raise InputError(f"{path}: {what}: it is not of a run of this package, or was edited")
+    return content
+
+
+def write_atomic(path: Path, content) -> None:
+    """Writes a file under a temporary name, flushed to the disk, and renames it: it is whole or not
+    there.
+
+    `content` is bytes, text, or a function that is called with the open binary file. Raises
+    InputError naming the file where it cannot be written (a full disk, a folder that was removed).
+    """
+    work = path.with_name(path.name + ".incomplete")
+    try:
+        with open(work, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(work, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        work.unlink(missing_ok=True)
+        raise InputError(
+            f"{path}: cannot be written ({_first_line(error)}): is the disk full, or its folder "
+            "removed? what was there before is kept; make room and go on with --resume"
+        ) from None
+
 
 class Sample(NamedTuple):
     """One image of a dataset. `label` is None where a dataset publishes none (Cityscapes and ACDC
@@ -136,14 +203,29 @@ class Sample(NamedTuple):
     size: tuple[int, int]  # (H, W) of the image file
 
 
+@contextmanager
+def checked_picture(content: bytes):
+    """The picture in the bytes of a file, its checksums compared first: decoders may take a PNG with
+    a flipped bit as it is. Raises one of PICTURE_ERRORS."""
+    with Image.open(io.BytesIO(content)) as picture:
+        picture.verify()
+    with Image.open(io.BytesIO(content)) as picture:
+        yield picture
+
+
 def read_image(path: Path) -> torch.Tensor:
     """The image as (3,H,W) uint8 RGB. Raises InputError naming a missing, unreadable or truncated
-    file."""
+    file, and one of 16-bit, 32-bit or float grey, which 8 bits would clip."""
     try:
-        with Image.open(path) as picture:
+        with checked_picture(path.read_bytes()) as picture:
+            if picture.mode.startswith(("I", "F")):
+                raise InputError(
+                    f"{path}: is grey of more than 8 bits (mode {picture.mode}), expected 8-bit "
+                    "RGB; convert it, or its values would be clipped"
+                )
             # (H,W,3) -> (3,H,W)
             return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, SyntaxError) as error:
+    except PICTURE_ERRORS as error:
         raise InputError(
             f"{path}: cannot be read as an image ({_first_line(error)}); copy it again or remove it"
         ) from None
@@ -160,6 +242,8 @@ def read_label(path: Path, space: str) -> torch.Tensor:
     """
     try:
         if space == "synthia":
+            with checked_picture(path.read_bytes()) as picture:
+                picture.load()  # torchvision crashes on what Pillow refuses
             raw = decode_image(str(path), ImageReadMode.UNCHANGED)
             if raw.dtype != torch.uint16 or raw.shape[0] < 3:
                 kind = f"{raw.shape[0]} channels of {raw.dtype}"
@@ -168,19 +252,20 @@ def read_label(path: Path, space: str) -> torch.Tensor:
                 )
             ids = raw[0].numpy()
         else:
-            with Image.open(path) as picture:
+            with checked_picture(path.read_bytes()) as picture:
                 if picture.mode not in ("P", "L", "I;16", "I"):
                     raise InputError(
                         f"{path}: expected label ids (palette or single-channel PNG), found a {picture.mode} picture; "
                         "colour renderings cannot be used, take the *_labelIds files or GTA5's palette PNGs"
                     )
                 ids = np.array(picture)
-    except (RuntimeError, OSError, SyntaxError) as error:
+    except PICTURE_ERRORS as error:
         raise InputError(
             f"{path}: cannot be read as a label ({_first_line(error)}); copy it again or remove it"
         ) from None
     table = id_map("train" if path.name.endswith("_labelTrainIds.png") else space)
-    labels = np.where(ids > 255, _UNKNOWN, table[np.minimum(ids, 255)]).astype(np.uint8)
+    inside = (ids >= 0) & (ids <= 255)
+    labels = np.where(inside, table[np.clip(ids, 0, 255)], _UNKNOWN).astype(np.uint8)
     if (labels == _UNKNOWN).any():
         unknown = np.unique(ids[labels == _UNKNOWN])[:8].tolist()
         raise InputError(
@@ -197,13 +282,21 @@ class SegmentationDataset(Dataset):
     """A list of images with labels: `dataset[i]` is (image (3,H,W) uint8, labels (H,W) uint8 train
     ids).
 
-    The list is checked once: every image must have a label (where the split has any), every header
-    must be readable; an image whose label has another size is left out, with one warning line (GTA5
-    has a few of them).
+    The list is checked once: every image must have a label (where the split has any) and an id of
+    its own that is a plain file name (InputError), every header must be readable; an image whose
+    label has another size is left out, with one warning line (GTA5 has a few of them).
     """
 
     def __init__(self, name: str, samples: list[Sample], space: str):
         self.name, self.samples, self.space = name, samples, space
+        first: dict[str, Sample] = {}
+        for sample in samples:
+            file_name(sample.id)
+            if first.setdefault(sample.id, sample) is not sample:
+                raise InputError(
+                    f"{sample.image} and {first[sample.id].image} have the same id {sample.id!r}: "
+                    "their answers would be one file; rename one image and its label"
+                )
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -224,6 +317,35 @@ class SegmentationDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.image(index), self.labels(index)
+
+    def check_labelled(self) -> None:
+        """Raises InputError where no pixel of any image has a class; reads until the first one."""
+        if not any(self.classes(index).any() for index in range(len(self))):
+            raise InputError(
+                f"{self.samples[0].image.parent}: no pixel of {len(self)} {self.name} images has a "
+                "class (all labels are 255 after mapping); unpack the right labels"
+            )
+
+    def fingerprint(self) -> dict:
+        """{"images": how many, "sha256": of ids, sizes and bytes of all files}: what a run's
+        config.json remembers of its data."""
+        total = hashlib.sha256()
+        for sample in self.samples:
+            files = [path for path in (sample.image, sample.label) if path is not None]
+            line = [sample.id, sample.group, *sample.size, *(p.stat().st_size for p in files)]
+            total.update(json.dumps(line).encode())
+        return {"images": len(self), "sha256": total.hexdigest()}
+
+
+def file_name(image_id: str) -> str:
+    """The id, where it is a plain file name; InputError where it would lead to another folder."""
+    bad = not image_id or image_id.startswith(".") or any(c in image_id for c in "/\\:\0")
+    if bad:
+        raise InputError(
+            f"image id {image_id!r} is no plain file name: it must have no slash, backslash or "
+            "colon and not begin with a dot; rename the image and its label"
+        )
+    return image_id
 
 
 _WHERE = {
@@ -296,6 +418,13 @@ def _list_acdc(base: Path, split: str) -> list[tuple]:
             stem, sequence = image.name.removesuffix("_rgb_anon.png"), image.parent.name
             folder = base / "gt" / condition / split / sequence
             found.append((stem, image, _pick_label(folder, f"{stem}_gt", split), condition))
+    there = {condition for *_, condition in found}
+    if there and there != set(ACDC_CONDITIONS):
+        absent = [condition for condition in ACDC_CONDITIONS if condition not in there]
+        raise InputError(
+            f"{base / 'rgb_anon'}: has no images ({split}) of {', '.join(absent)}; ACDC has "
+            f"{', '.join(ACDC_CONDITIONS)}: unpack all of rgb_anon and gt"
+        )
     return found
 
 
@@ -333,13 +462,16 @@ def _header_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as picture:
             return picture.size[1], picture.size[0]
-    except (OSError, SyntaxError) as error:
+    except PICTURE_ERRORS as error:
         raise InputError(
             f"{path}: cannot be read as a picture ({_first_line(error)}); copy it again or remove it"
         ) from None
 
 
 # ------------------------------------------------------------------------------- sizes
+
+
+LONGEST_SIDE = 16_384  # of an image that a network sees: more is a typing error, or no memory
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -351,6 +483,8 @@ def parse_size(text: str) -> tuple[int, int]:
         raise InputError(f"a size is WIDTHxHEIGHT, for example 1280x640; got {text!r}") from None
     if min(width, height) < 1:
         raise InputError(f"a size is WIDTHxHEIGHT with both at least 1; got {text!r}")
+    if max(width, height) > LONGEST_SIDE:
+        raise InputError(f"a size is WIDTHxHEIGHT with both at most {LONGEST_SIDE}; got {text!r}")
     return height, width
 
 
@@ -483,10 +617,64 @@ class EachImage(Dataset):
         return self.read(index)
 
 
+# parts of the messages with which torch reports loading processes that are lost, and what lost them
+LOST_WORKERS = (
+    "exited unexpectedly",
+    "killed by signal",
+    "shared memory",
+    "No space left",
+    "Too many open files",
+    "/torch_",
+)
+
+
+WORKERS: weakref.WeakSet = weakref.WeakSet()  # loading processes that may still be there
+
+
+class Loader(DataLoader):
+    """A DataLoader that reports lost loading processes, and no room for what they load, as
+    InputError."""
+
+    def __iter__(self):
+        try:
+            before = set(multiprocessing.active_children())
+            iterator = super().__iter__()
+            WORKERS.update(set(multiprocessing.active_children()) - before)
+            yield from iterator
+        except (RuntimeError, OSError) as error:
+            if not self.num_workers or not any(part in str(error) for part in LOST_WORKERS):
+                raise
+            raise InputError(
+                f"a loading process was lost ({str(error).strip().splitlines()[-1][:160]}): memory "
+                f"or /dev/shm is full, or it was killed; go on with --resume and fewer --workers "
+                f"than {self.num_workers}, or --workers 0"
+            ) from None
+
+
 def load(dataset: Dataset, workers: int, **options) -> DataLoader:
     """A DataLoader that leaves torch's global random state alone (it would draw from it at every
     start)."""
-    return DataLoader(dataset, num_workers=workers, generator=torch.Generator(), **options)
+    options |= {"generator": torch.Generator(), "worker_init_fn": leave_signals}
+    return Loader(dataset, num_workers=workers, **options)
+
+
+@atexit.register  # before multiprocessing's own hook, which would wait for them
+def end_workers() -> None:
+    """At the end of the process: ends the loading processes that are left, which leave SIGTERM
+    alone."""
+    left = [worker for worker in WORKERS if worker.is_alive()]
+    if left and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them as lost
+    for worker in left:
+        worker.kill()
+
+
+def leave_signals(worker: int) -> None:
+    """In a loading process: SIGTERM and SIGUSR1 to a whole job are the main process's to obey; it
+    finishes its step, for which it needs this one."""
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class TrainingView(Dataset):
@@ -507,7 +695,8 @@ class TrainingView(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         draw, index = key
-        generator = torch.Generator().manual_seed(mix_seed(self.seed, draw))
+        low = self.seed & 0xFFFFFFFF  # 32 bits of a mixed seed, as the results so far
+        generator = torch.Generator().manual_seed(mix_seed(low, draw))
         return self.transform(self.dataset.image(index), self.labels_of(index), generator)
 
 
@@ -543,10 +732,15 @@ class Mixture(Dataset):
 
 def mix_seed(*parts: int) -> int:
     """One 63-bit seed from several integers; different parts give unrelated streams (numpy's
-    SeedSequence)."""
-    return int(
-        np.random.SeedSequence([p & 0xFFFFFFFF for p in parts]).generate_state(1, np.uint64)[0] >> 1
-    )
+    SeedSequence).
+
+    SeedSequence takes words of 32 bits: parts of which one is negative or longer go through sha256,
+    so that they do not collide with others.
+    """
+    words = [int(p) for p in parts]
+    if any(not 0 <= p < 2**32 for p in words):
+        words = [int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:20], "little")]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
 
 
 class EndlessSampler(Sampler):
@@ -574,6 +768,8 @@ class EndlessSampler(Sampler):
             presence,
         )
         self.position = 0  # draws of all processes together before the next one
+        if length < 1:
+            raise InputError("there are no images to draw from: the list of this part is empty")
 
     def order(self, number: int) -> np.ndarray:
         """The image indices of pass `number`, int64."""
@@ -610,8 +806,14 @@ def balanced_order(
     RIPU's official code; the paper is silent. A class is drawn with probability proportional to
     1 / log(1.01 + its share of the counts so far), then the next image of that class's own list,
     which is shuffled anew when it ends; every class that the image holds is counted. An image may
-    come up again through another class. `presence` (N,C) bool; a class of no image is never drawn.
+    come up again through another class. `presence` (N,C) bool; a class of no image is never drawn,
+    InputError where all are False.
     """
+    if not presence.any():
+        raise InputError(
+            "no source image holds a class (all labels are 255): there is nothing to balance; unpack "
+            "the right labels"
+        )
     lists = [rng.permutation(np.flatnonzero(column)) for column in presence.T]
     there = np.array([len(images) > 0 for images in lists])
     places, counts = np.zeros(len(lists), np.int64), np.zeros(len(lists))

@@ -41,9 +41,13 @@ Differences from papers and official code:
       recollection, not by a recorded output.
 """
 
+import hashlib
 import os
 import pickle
 import re
+import struct
+import zipfile
+import zlib
 from functools import partial
 
 import numpy as np
@@ -521,13 +525,16 @@ def load_checkpoint(model, path, which="model"):
 
 
 def read(path):
-    """The dictionary in a torch file, read without running any code of the file. Raises
-    InputError."""
+    """The dictionary in a torch file, read without running any code of the file. Raises InputError,
+    also where a checksum of the file (CRC-32 of each tensor, which torch writes and does not check)
+    says that it was damaged."""
     if not os.path.isfile(path):
         raise InputError(
             f"no file {path}: expected a checkpoint of this package, RIPU, STAL, CRST or torchvision"
         )
     try:
+        if damaged := damaged_part(path):
+            raise ValueError(f"damaged at {damaged}")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         # a NumPy scalar, perhaps: STAL's files hold their best mIoU as one
@@ -545,16 +552,33 @@ def read(path):
         ValueError,
         LookupError,
         AttributeError,
+        TypeError,
+        ArithmeticError,
+        MemoryError,
+        AssertionError,
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
     ) as error:
-        kind = type(error).__name__
+        kind = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
         raise InputError(
-            f"{path} is no torch checkpoint of tensors and plain values ({kind}): is it another file?"
+            f"{path} is no torch checkpoint of tensors and plain values ({kind}): is it another "
+            "file, or damaged?"
         ) from error
     if not isinstance(content, dict) or not content:
         raise InputError(
             f"{path} holds a {type(content).__name__}, expected a dictionary of tensors"
         )
     return content
+
+
+def damaged_part(path):
+    """The name of the first part of a torch file whose checksum is wrong; None where all are right,
+    and for a file of the format before torch 1.6, which has none."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as file:
+        return file.testzip()
 
 
 def _state_of(content, which, path):
@@ -614,14 +638,30 @@ def _fill(model, state, prefix, source):
 
 def _imagenet_weights(backbone):
     """torchvision's IMAGENET1K_V1 state dict in our names, without the 1000-class layer, from torch
-    hub's folder."""
+    hub's folder. Reads tensors only; a file there that is not torchvision's raises InputError."""
     weights = torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"]
+    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+    name = os.path.basename(weights.url)
+    check_sum(os.path.join(folder, name), name.rpartition("-")[2].removesuffix(".pth"))
     try:
-        state = weights.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+        state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise InputError(
-            f"no ImageNet weights of {backbone} ({error}): download {weights.url} elsewhere and put the file "
-            f"{os.path.basename(weights.url)} into {folder}; or start from another file or, random, from init 'none'"
+            f"no ImageNet weights of {backbone} ({' '.join(str(error).split())[:160]}): download "
+            f"{weights.url} elsewhere and put the file {name} into {folder}; or start from another "
+            "file or, random, from init 'none'"
         ) from error
     return _rename(state, TORCHVISION_NAMES)
+
+
+def check_sum(path, sha256):
+    """Raises InputError where the file `path` is there and its sum does not begin with `sha256`."""
+    if not os.path.isfile(path):
+        return
+    with open(path, "rb") as file:
+        found = hashlib.sha256(file.read()).hexdigest()
+    if not found.startswith(sha256):
+        raise InputError(
+            f"{path}: is not torchvision's file (its sha256 begins with {found[:8]}, not {sha256}); "
+            "remove it, it is downloaded again"
+        )

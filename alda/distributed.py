@@ -8,16 +8,49 @@ collective: every process has to call them, in the same order.
 """
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from alda import InputError
 
+JOINING = 120  # seconds to wait for the other processes
+
+
+def world_size() -> int:
+    """How many processes torchrun says there are, 1 without it. Raises InputError for a WORLD_SIZE
+    that was set by hand and is no such number."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdigit() or int(text) < 1:
+        raise InputError(
+            f"the environment says WORLD_SIZE={text!r}, expected a number of processes; unset it, or "
+            "start with torchrun"
+        )
+    return int(text)
+
+
+def check_environment() -> None:
+    """Raises InputError where what torchrun sets is incomplete or contradicts itself."""
+    numbers = {}
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+        text = os.environ.get(name, "")
+        numbers[name] = int(text) if text.isdigit() else -1
+    address = os.environ.get("MASTER_ADDR", "")
+    inside = numbers["RANK"] < world_size() and numbers["MASTER_PORT"] < 2**16
+    if min(numbers.values()) < 0 or not address or not inside:
+        raise InputError(
+            f"WORLD_SIZE={world_size()} is set but RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT do "
+            "not go with it; unset it to run in one process, or start with torchrun"
+        )
+
 
 def join(device: torch.device) -> torch.device:
-    """Joins the processes that torchrun started, if it did; returns this process's device."""
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    """Joins the processes that torchrun started, if it did; returns this process's device. Raises
+    InputError where torchrun's variables are wrong or the other processes do not come."""
+    alone = world_size() == 1
+    if not alone:
+        check_environment()
     if device.type == "cuda":
         if not alone:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -29,7 +62,16 @@ def join(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)  # events and streams without a device are this one's
     if alone:
         return device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        wait = timedelta(seconds=JOINING)
+        store, rank, world = next(dist.rendezvous("env://", timeout=wait))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise InputError(
+            f"the {world_size()} processes of WORLD_SIZE did not meet within {JOINING} s "
+            f"({' '.join(str(error).split())[:120]}); start all of them with torchrun, or unset it"
+        ) from None
     return device
 
 

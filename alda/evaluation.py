@@ -37,6 +37,7 @@ from alda.datasets import (
     normalise,
     open_dataset,
     parse_size,
+    read_json,
     resize_image,
     to_label_ids,
 )
@@ -242,6 +243,7 @@ def evaluate(model, dataset: SegmentationDataset, protocol: Protocol, device) ->
     "images" added.
 
     Under torchrun a collective: each process scores its share of the images, all get the result.
+    Raises InputError where no pixel of the truth has a class.
     """
     training = model.training
     model.eval()
@@ -251,7 +253,12 @@ def evaluate(model, dataset: SegmentationDataset, protocol: Protocol, device) ->
         prediction = predict_prob(model, dataset.image(index), protocol, device).argmax(0)
         matrix += confusion_matrix(prediction, dataset.labels(index).to(device))
     model.train(training)
-    return {**summary(all_reduce(matrix)), "protocol": str(protocol), "images": len(dataset)}
+    if not all_reduce(matrix).any():
+        raise InputError(
+            f"{dataset.samples[0].image.parent}: no pixel of {len(dataset)} {dataset.name} images has "
+            "a class: nothing can be scored; unpack the right labels"
+        )
+    return {**summary(matrix), "protocol": str(protocol), "images": len(dataset)}
 
 
 # ------------------------------------------------------------------------------------------ compare
@@ -272,7 +279,7 @@ def comparison(runs: list[str], mixed: bool = False) -> list[dict]:
             if not there:
                 hint = "give folders of finished runs (--out of alda.loop)"
                 raise InputError(f"{run}: holds no {name}; {hint}")
-        rows.append(comparison_row(str(run), json.loads(path.read_text()), s))
+        rows.append(comparison_row(str(run), checked_result(path), s))
     for key in ("protocol", "tested on"):
         kinds = sorted({row[key] for row in rows})
         if len(kinds) > 1 and not mixed:
@@ -282,6 +289,56 @@ def comparison(runs: list[str], mixed: bool = False) -> list[dict]:
                 "by side all the same"
             )
     return rows
+
+
+NUMBER, SCORE = (int, float), (int, float, type(None))
+# what a comparison reads of a result.json; of optional parts where they are there
+RESULT = {
+    "strategy": str,
+    "images": int,
+    "protocol": str,
+    "steps": int,
+    "toy": bool,
+    "budget": {"asked": int, "images": int, "trained": int, "class_entropy": NUMBER},
+    "lowest": {"class": str, "IoU": NUMBER},
+    "IoU": dict.fromkeys(NAMES, SCORE),
+    **{f"mIoU{name}": SCORE for name in CLASS_SETS},
+}
+OPTIONAL = {"student": {"mIoU19": SCORE}, "pseudo": str}
+LOOP = {"loop": int, "share": NUMBER, "mIoU19": NUMBER}
+SETTINGS = dict.fromkeys(("strategy", "src", "tgt", "root", "protocol", "test_size"), str)
+SETTINGS |= dict.fromkeys(("target_size", "net", "backbone", "cbda", "image_queries"), str)
+SETTINGS |= {"seed": int, "pixels": int, "restart": bool}
+COMPARED = ("src", "tgt", "net", "backbone", "seed", "budget", "pixels")  # always read
+SETTINGS |= dict.fromkeys(("budget", "unlabelled", "contrast"), NUMBER)
+
+
+def misfits(content, table, where: str = "") -> list[str]:
+    """The names of what `content` lacks or has of another kind than `table` says: a type, or a table
+    of the parts of an object."""
+    if not isinstance(table, dict):
+        return [] if isinstance(content, table) else [where]
+    if not isinstance(content, dict):
+        return [where]
+    found = []
+    for key, kind in table.items():
+        found += misfits(content.get(key), kind, f"{where}.{key}".lstrip("."))
+    return found
+
+
+def checked_result(path: Path) -> dict:
+    """The content of a result.json. Raises InputError where it lacks what a comparison reads."""
+    result = read_json(path)
+    wrong = misfits(result, RESULT | {k: v for k, v in OPTIONAL.items() if k in result})
+    loops = result.get("loops", [])
+    wrong += [] if isinstance(loops, list) else ["loops"]
+    wrong += [name for loop in loops for name in misfits(loop, LOOP, "loops")] if not wrong else []
+    if wrong:
+        raise InputError(
+            f"{path}: {', '.join(wrong[:5])} missing or of another kind; is it of another version, or "
+            "edited? run it again, or leave it out"
+        )
+    return result
 
 
 def comparison_row(run: str, result: dict, s: dict) -> dict:
@@ -563,7 +620,30 @@ def run_settings(path: str | Path) -> dict:
     belongs to; {} without."""
     path = Path(path)
     config = (path if path.is_dir() else path.parent.parent) / "config.json"
-    return json.loads(config.read_text())["settings"] if config.is_file() else {}
+    if not config.is_file():
+        return {}
+    settings = read_json(config, "settings")["settings"]
+    there = settings if isinstance(settings, dict) else SETTINGS
+    table = {k: kind for k, kind in SETTINGS.items() if k in there or k in COMPARED}
+    if wrong := misfits(settings, table, "settings"):
+        raise InputError(
+            f"{config}: {', '.join(wrong[:5])} missing or of another kind; restore it from a copy"
+        )
+    return settings
+
+
+def unfinished(path: str | Path) -> bool:
+    """Whether a checkpoint belongs to a run of this package that has no result yet; a line says
+    so."""
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent.parent
+    there = (folder / "config.json").is_file() and not (folder / "result.json").is_file()
+    if there:
+        print(
+            f"note: {folder} is not finished (no result.json): its checkpoint is scored as it is",
+            file=sys.stderr,
+        )
+    return there
 
 
 def _command(args: argparse.Namespace) -> int:
@@ -589,6 +669,7 @@ def _command(args: argparse.Namespace) -> int:
         **evaluate(model, dataset, protocol, device),
         "checkpoint": str(args.checkpoint),
         "which": args.which or "as reported",
+        **({"finished": False} if unfinished(args.checkpoint) else {}),
     }
     print(describe(result))
     if args.json:

@@ -30,10 +30,10 @@ Differences from papers and official code:
 """
 
 import json
-import os
 import sys
 import time
 from bisect import bisect_right
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -50,8 +50,16 @@ from alda.annotation import (
     pseudo_labels,
     read_map,
 )
-from alda.datasets import CLASS_SETS, PSEUDO, TrainingView, mix_seed, open_dataset, truth_inside
-from alda.distributed import barrier, join, leave, rank_and_world
+from alda.datasets import (
+    CLASS_SETS,
+    PSEUDO,
+    TrainingView,
+    mix_seed,
+    open_dataset,
+    truth_inside,
+    write_atomic,
+)
+from alda.distributed import barrier, join, leave, rank_and_world, world_size
 from alda.evaluation import describe, evaluate, pick_device, protocol_of
 from alda.losses import (
     contrastive,
@@ -72,7 +80,22 @@ from alda.rounds import (
     query_schedule,
     source_prior,
 )
-from alda.run import Run, batches, mixed_batches, next_batch, prepare, run_folder, transform_of
+from alda.run import (
+    STOP,
+    TRACES,
+    Run,
+    Stopped,
+    batches,
+    locked,
+    mixed_batches,
+    next_batch,
+    one_line_errors,
+    prepare,
+    remember_data,
+    resume_line,
+    run_folder,
+    transform_of,
+)
 from alda.selftraining import (
     cbst_learning_rate,
     drop_share,
@@ -119,6 +142,7 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
     source = None if s.source_free else open_dataset(s.src, s.root)
     target = None if s.strategy == "source-only" else open_dataset(s.tgt, s.root, "train")
     validation = open_dataset(s.tgt, s.root, "val")
+    remember_data(out, source=source, target=target, validation=validation)
     schedule = [] if s.strategy in ("source-only", "full") else query_schedule(s)
     if schedule:
         check_budget(s, target)
@@ -235,6 +259,7 @@ def train_cbst(s: Settings, out: Path, device: torch.device) -> dict:
     """
     source, target = open_dataset(s.src, s.root), open_dataset(s.tgt, s.root, "train")
     validation = open_dataset(s.tgt, s.root, "val")
+    remember_data(out, source=source, target=target, validation=validation)
     check_one_size(s)
     chosen = source_counts(s, len(source))
     starts = round_starts(s, [len(target) + n for n in chosen])
@@ -352,7 +377,7 @@ def train_source(s: Settings, out: Path, device: torch.device) -> Settings:
         print(f"source-only: {own.steps} steps in {out / 'source'}", flush=True)
         result = train_queries(own, prepare(own), device)
         result = {"strategy": "source-only", "toy": s.root == "toy", **result}
-        written.write_text(json.dumps(result, indent=1))
+        write_atomic(written, json.dumps(result, indent=1))
         print(f"source-only: mIoU19 {100 * result['mIoU19']:.2f}", flush=True)
     batch_norm = deeplab.read(last)["network"]["batch_norm"]
     return replace(s, init=str(last), batch_norm=batch_norm)
@@ -371,6 +396,7 @@ def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
     """
     source, target = open_dataset(s.src, s.root), open_dataset(s.tgt, s.root, "train")
     validation = open_dataset(s.tgt, s.root, "val")
+    remember_data(out, source=source, target=target, validation=validation)
     check_one_size(s)
     draw_source_images(s, source)
     counts = images_due(s, len(target))
@@ -441,6 +467,7 @@ def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
             run.write_metrics({"step": step + 1, **run.scores[-1]})
         if (step + 1) % s.checkpoint_every == 0 or step + 1 == starts[number]:
             run.save(step + 1)
+        run.stop_if_asked(step + 1)
     result = {**result_of_loops(run.scores), **report(s, source, target, rounds, run=run)}
     draw_story(s, run, state.teacher, target, rounds, starts[:-1], result)
     return result
@@ -536,12 +563,13 @@ def result_of_loops(scores: list[dict]) -> dict:
 
 def evaluate_and_save(s: Settings, run: Run, validation, step: int) -> None:
     """The end of a step: a score in the log every --eval-every steps, a checkpoint every
-    --checkpoint-every steps."""
+    --checkpoint-every steps, and the end of the run where a signal asks for it."""
     if s.eval_every and step % s.eval_every == 0:
         scores = evaluate(run.model, validation, protocol_of(s), run.device)
         run.write_metrics({"step": step, **scores})
     if step % s.checkpoint_every == 0 or step == s.steps:
         run.save(step)
+    run.stop_if_asked(step)
 
 
 def records_of(rounds: Rounds) -> list[dict]:
@@ -550,7 +578,9 @@ def records_of(rounds: Rounds) -> list[dict]:
 
 
 def check_complete(rounds: Rounds, schedule: list[int], start: int) -> None:
-    """Raises InputError where a round that was made before step `start` is missing on disk."""
+    """Raises InputError where a round that was made before step `start` is missing on disk, or a
+    file of a round is not what it was."""
+    rounds.verify()
     if rounds.complete() < sum(step < start for step in schedule):
         raise InputError(
             f"{rounds.folder}: rounds made before step {start} are missing; restore them or use another --out"
@@ -617,32 +647,54 @@ def pixels_of(dataset) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line (see the top of this file); returns the exit status: 0 done, 2 bad usage or
-    input."""
+    input, 143 after SIGTERM or SIGUSR1. Ctrl-C passes through, after the line that resumes."""
     out = None
     try:
-        s = parse(argv)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and s.strategy != "stal":
-            raise InputError(
-                f"--strategy {s.strategy} runs in one process: start it without torchrun"
-            )
-        device = join(pick_device(s.device))
-        if s.threads:
-            torch.set_num_threads(s.threads)
-        if rank_and_world()[0] == 0:
-            if s.root == "toy":
-                toy.ensure("toy")
-            out = prepare(s)
-        barrier()
-        run_strategy(s, out or run_folder(s), device)
-        leave()
+        with ExitStack() as held:
+            s = parse(argv)
+            if world_size() > 1 and s.strategy != "stal":
+                raise InputError(
+                    f"--strategy {s.strategy} runs in one process: start it without torchrun"
+                )
+            device = join(pick_device(s.device))
+            if s.threads:
+                torch.set_num_threads(s.threads)
+            out = run_folder(s)
+            held.enter_context(STOP.listening())
+            if rank_and_world()[0] == 0:
+                held.enter_context(ready_folder(s, out))
+            barrier()
+            run_strategy(s, out, device)
+            leave()
         return 0
     except (InputError, FloatingPointError, OSError) as error:
-        traces = ("checkpoints", "rounds", "pseudo", "source", "metrics.jsonl")
-        if out is not None and not any((out / part).exists() for part in traces):
-            (out / "config.json").unlink(missing_ok=True)  # nothing was run: the folder stays free
-        text = str(error).strip().splitlines()[-1]  # from a loading process: below its traceback
+        text = [*str(error).strip().splitlines(), type(error).__name__]
+        text = text[-2] if len(text) > 1 else text[0]  # from a loading process: below its traceback
         print(f"error: {text.removeprefix('alda.InputError: ')}", file=sys.stderr)
         return 2
+    except (Stopped, KeyboardInterrupt) as stop:
+        # what the checkpoints and rounds hold is kept, see run.Stop
+        kept = out is not None and (out / "config.json").is_file()
+        print(f"stopped{': ' + resume_line(out) + ' goes on' if kept else ''}", file=sys.stderr)
+        if isinstance(stop, KeyboardInterrupt):
+            raise
+        return 143
+
+
+@contextmanager
+def ready_folder(s: Settings, out: Path):
+    """Holds the lock of the run's folder, and makes its config.json; a run that fails before it has
+    written anything else takes that away again: the folder stays free for the next try."""
+    with locked(out):
+        new = not (out / "config.json").exists()
+        if s.root == "toy":
+            toy.ensure("toy")
+        try:
+            yield prepare(s)
+        except (InputError, FloatingPointError, OSError):
+            if new and not any((out / part).exists() for part in TRACES):
+                (out / "config.json").unlink(missing_ok=True)
+            raise
 
 
 def run_strategy(s: Settings, out: Path, device: torch.device) -> None:
@@ -663,10 +715,11 @@ def run_strategy(s: Settings, out: Path, device: torch.device) -> None:
         )
     loops = {"stal": train_stal, **dict.fromkeys(SELF_TRAINING, train_cbst)}
     train = loops.get(s.strategy, train_queries)
-    result = {"strategy": s.strategy, "toy": s.root == "toy", **train(s, out, device)}
+    with one_line_errors():
+        result = {"strategy": s.strategy, "toy": s.root == "toy", **train(s, out, device)}
     if rank == 0:
         result["wall_s"] = time.time() - began
-        (out / "result.json").write_text(json.dumps(result, indent=1))
+        write_atomic(out / "result.json", json.dumps(result, indent=1))
         which = "last checkpoint" + (", teacher" if "student" in result else "")
         images = f"{result['images']} validation images"
         print(f"{mark}{s.strategy}, {which}, {images}\n{describe(result)}")
@@ -681,4 +734,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command with --resume goes on from the last checkpoint")
+        sys.exit(130)

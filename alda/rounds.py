@@ -35,7 +35,7 @@ from alda.datasets import NAMES, NUM_CLASSES, EachImage, SegmentationDataset, lo
 from alda.distributed import all_reduce, barrier, broadcast_buffers, rank_and_world
 from alda.evaluation import network_logits
 from alda.pictures import class_picture, save_round, save_sheet
-from alda.run import Run
+from alda.run import Run, check_folder
 from alda.selftraining import (
     ConfidenceHistogram,
     cbst_pseudo_labels,
@@ -320,6 +320,7 @@ def ask_images(
     each process scores its share of the images.
     """
     began = time.time()
+    check_folder(run.out)
     due = rounds.complete() < number
     barrier()  # every process has looked before the first one writes
     if not due:

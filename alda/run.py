@@ -3,19 +3,24 @@
     from alda.run import Run, batches, next_batch, prepare
     run = Run(settings, out, device); start = run.resume()
 
-A run leaves in its folder: config.json (settings, versions, command), metrics.jsonl (a line each
-log step), checkpoints/last.pt, and what its loop writes (rounds/, pictures/, result.json).
+A run leaves in its folder: config.json (settings, versions, command, what its data is),
+metrics.jsonl (a line each log step), checkpoints/last.pt and previous.pt, and what its loop writes
+(rounds/, pictures/, result.json). One process at a time writes there: it holds the lock of run.lock.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
 import resource
+import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +30,7 @@ import torchvision
 
 from alda import InputError, deeplab
 from alda.datasets import (
+    LOST_WORKERS,
     EndlessSampler,
     JointTransform,
     Mixture,
@@ -33,12 +39,16 @@ from alda.datasets import (
     class_presence,
     load,
     mix_seed,
+    read_json,
+    write_atomic,
 )
-from alda.distributed import rank_and_world
+from alda.distributed import all_reduce_number, barrier, rank_and_world
 
 # settings that may differ between a run and its resumption: where it runs and what it shows, not
 # what it computes (another device or number of threads sums floats in another order, so the bits
 # are then no longer the same)
+# what only a run writes: without a config.json beside it, nobody knows whose it is
+TRACES = ("checkpoints", "rounds", "pseudo", "source", "metrics.jsonl", "result.json")
 MAY_CHANGE = ("resume", "device", "workers", "threads", "log_every", "pictures", "out", "root")
 
 
@@ -140,6 +150,7 @@ class Run:
             torch.Tensor
         ] = []  # the losses of the steps since the last progress line, on the device
         self.names: list[str] = []
+        self.lines = 0  # of metrics.jsonl
         self.clock = None
         # scores of the loops that are done (STAL), and before the first round; kept in checkpoints
         self.scores: list[dict] = []
@@ -162,7 +173,8 @@ class Run:
 
     def set_rate(self, factor: float) -> None:
         """Every group's rate for this step: --lr times the group's own factor (head: 10) times
-        `factor`."""
+        `factor`. The step has begun: signals wait for its end, see Stop."""
+        STOP.unsaved = True
         for group in self.optimizer.param_groups:
             group["lr"] = self.s.lr * group["factor"] * factor
 
@@ -222,10 +234,20 @@ class Run:
         return values
 
     def write_metrics(self, line: dict) -> None:
+        """Adds a line to metrics.jsonl. Raises InputError where it cannot be written."""
         if self.rank:
             return
-        with open(self.out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        check_folder(self.out)
+        path = self.out / "metrics.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot be written ({error.strerror}): is the disk full? make room and go "
+                "on with --resume"
+            ) from None
+        self.lines += 1
 
     def scored(self) -> list[dict]:
         """The lines of metrics.jsonl that hold scores of the network, for a picture only."""
@@ -236,19 +258,44 @@ class Run:
 
     def save(self, step: int) -> None:
         """Writes checkpoints/last.pt: everything that the rest of the run depends on. Under a
-        temporary name, then renamed."""
+        temporary name, then renamed; the one before is kept as previous.pt. Raises InputError where
+        it cannot be written, and Stopped where a signal has asked for it."""
         # a network that is lost is never saved, and never asks an annotator
         self.finite_losses(step)
-        if self.rank:
-            return
-        state = {
+        if self.rank == 0:
+            check_folder(self.out)
+            path = self.out / "checkpoints" / "last.pt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            work = path.with_name("next.pt")
+            write_atomic(work, lambda file: torch.save(self.state(step), file))
+            if path.is_file():
+                os.replace(path, path.with_name("previous.pt"))
+            os.replace(work, path)
+        STOP.at_checkpoint()
+
+    def stop_if_asked(self, step: int) -> None:
+        """The end of a step: after a SIGTERM or SIGUSR1 saves and raises Stopped. Several processes
+        agree on it, every tenth step."""
+        asked = STOP.signal
+        if rank_and_world()[1] > 1:
+            asked = step % 10 == 0 and all_reduce_number(int(asked > 0))
+        if asked:
+            self.save(step)
+            barrier()
+            raise Stopped
+
+    def state(self, step: int) -> dict:
+        """What a checkpoint holds: tensors and plain values."""
+        return {
             "network": self.network,
+            "run": run_identity(self.s),
             "step": step,  # the samplers' positions and the rounds to be read follow from it
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
             "names": self.names,
             "scores": self.scores,
+            "lines": self.lines,
             "before": self.before,
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device)
@@ -256,22 +303,60 @@ class Run:
             else None,
             **{name: part.state_dict() for name, part in self.parts.items()},
         }
-        path = self.out / "checkpoints" / "last.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, path.with_suffix(".incomplete"))
-        os.replace(path.with_suffix(".incomplete"), path)
 
     def resume(self) -> int:
         """Restores checkpoints/last.pt where --resume asks for it; returns the step to go on from
-        (0 without)."""
-        path = self.out / "checkpoints" / "last.pt"
+        (0 without). A damaged one falls back to previous.pt with a line; InputError where both are
+        damaged, or of another run."""
         if not self.s.resume:
             return 0
-        if not path.is_file():
+        path, state = self.newest()
+        if state is None:
             print(f"{path}: no checkpoint yet, starting from the first step", flush=True)
             self.forget_after(0)
             return 0
-        state = deeplab.read(path)
+        try:
+            step = self.restore(state)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise InputError(
+                f"{path}: is no checkpoint of this run ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:160]}); restore the run's own, or use another --out"
+            ) from None
+        self.forget_after(step)
+        if self.rank == 0 and self.lines < state.get("lines", 0):
+            print(
+                f"warning: {self.out / 'metrics.jsonl'}: {state['lines'] - self.lines} of "
+                f"{state['lines']} lines before step {step} are lost; the log has a gap, the run not",
+                flush=True,
+            )
+            self.lines = state["lines"]
+        if self.rank == 0:
+            print(f"resumed from step {step}", flush=True)
+        return step
+
+    def newest(self) -> tuple[Path, dict | None]:
+        """(file, content) of the newest checkpoint that can be read, None where there is none yet."""
+        last = self.out / "checkpoints" / "last.pt"
+        previous = last.with_name("previous.pt")
+        if not last.is_file() and not previous.is_file():
+            return last, None
+        try:
+            return last, deeplab.read(last)
+        except InputError as error:
+            if not previous.is_file():
+                raise
+            if self.rank == 0:
+                print(f"{error}; going on from {previous}", flush=True)
+        return previous, deeplab.read(previous)
+
+    def restore(self, state: dict) -> int:
+        """Takes over the content of a checkpoint; returns its step. Raises ValueError or what torch
+        raises where it does not fit."""
+        step = state["step"]
+        if state.get("run", run_identity(self.s)) != run_identity(self.s):
+            raise ValueError("its run had other settings")
+        if type(step) is not int or not 0 <= step <= self.s.steps:
+            raise ValueError(f"it is of step {step!r}, the run has {self.s.steps}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history, self.names = [row.to(self.device) for row in state["history"]], state["names"]
@@ -282,10 +367,7 @@ class Run:
             torch.set_rng_state(state["random"])
         if self.rank == 0 and self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
-        self.forget_after(state["step"])
-        if self.rank == 0:
-            print(f"resumed from step {state['step']}", flush=True)
-        return state["step"]
+        return step
 
     def forget_after(self, step: int) -> None:
         """Drops the lines of metrics.jsonl after `step`: they will be written again."""
@@ -293,10 +375,93 @@ class Run:
         if self.rank or not metrics.is_file():
             return
         kept = []
-        for line in metrics.read_text().splitlines():
-            with suppress(json.JSONDecodeError):  # a kill may cut the last line
+        for line in metrics.read_text(errors="replace").splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # a kill may cut the last line
                 kept += [line] if json.loads(line)["step"] <= step else []
-        metrics.write_text("".join(line + "\n" for line in kept))
+        write_atomic(metrics, "".join(line + "\n" for line in kept))
+        self.lines = len(kept)
+
+
+def run_identity(s) -> str:
+    """A sum over the settings that a run and its resumption share: a checkpoint knows its run.
+    --init is left out: the network that CBST starts from lies in the run's folder, which may
+    move."""
+    fields = dataclasses.asdict(s).items()
+    shared = {k: v for k, v in fields if k not in (*MAY_CHANGE, "init")}
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------- signals, memory
+
+
+class Stopped(BaseException):
+    """A SIGTERM or SIGUSR1 was obeyed: everything is saved."""
+
+
+class Stop:
+    """SIGTERM and SIGUSR1 end a run where nothing is lost: at once while everything is saved (a
+    round that is being asked begins again), else after the step, which saves.
+
+    Under torchrun a process that leaves alone would let the others wait: all leave together, see
+    Run.stop_if_asked.
+    """
+
+    def __init__(self):
+        self.signal, self.unsaved = 0, False
+
+    def __call__(self, number: int, frame) -> None:
+        """The signals' handler."""
+        self.signal = number
+        if not self.unsaved and rank_and_world()[1] == 1:
+            raise Stopped
+
+    def at_checkpoint(self) -> None:
+        """Everything is saved: raises Stopped where a signal has waited for it."""
+        self.unsaved = False
+        if self.signal and rank_and_world()[1] == 1:
+            raise Stopped
+
+    @contextmanager
+    def listening(self):
+        """While inside, the signals are obeyed (in the main thread; elsewhere they cannot be)."""
+        self.signal, self.unsaved = 0, False
+        numbers = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1") if hasattr(signal, n)]
+        main = threading.current_thread() is threading.main_thread()
+        before = {n: signal.signal(n, self) for n in numbers} if main else {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+STOP = Stop()
+
+
+def resume_line(out: Path) -> str:
+    """The command that goes on with a run."""
+    return f"python -m alda.loop --resume --out {shlex.quote(str(out))}"
+
+
+@contextmanager
+def one_line_errors():
+    """Turns what torch raises when memory or a loading process is lost, anywhere in a loop, into
+    InputError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split())[:160]
+        words = ("allocate memory", "out of memory", "ALLOC_FAILED")
+        if isinstance(error, MemoryError) or any(word in text for word in words):
+            raise InputError(
+                f"out of memory ({text}); start with another --out and a smaller --batch, --crop, "
+                "--source-size or --target-size, or go on with --resume where there is more"
+            ) from None
+        if any(part in text for part in LOST_WORKERS):  # torch may say so in the middle of a step
+            raise InputError(
+                f"a loading process was lost ({text}); go on with --resume and fewer --workers"
+            ) from None
+        raise
 
 
 def network_of(s) -> dict:
@@ -324,23 +489,99 @@ def memory_in_use(device: torch.device) -> float:
 
 
 def code_version() -> str | None:
-    """The commit of this package's checkout, '-dirty' when changed; None where it is not a git
-    checkout."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-    ]
+    """The commit of this package's checkout, '-dirty' when changed; None where the package does not
+    lie at the top of a git checkout that tracks it (another project's commit says nothing)."""
+    folder = Path(__file__).resolve().parent
+    outside = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10, env=outside
+        )
+        return done.stdout.strip()
+
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != folder.parent:
+            return None
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("describe", "--always", "--dirty", "--abbrev=12")
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
+
+
+# ---------------------------------------------------------------------------- the run's folder
+
+
+HELD: dict[Path, int] = {}  # the locks of this process: file and descriptor
+
+
+def _let_go() -> None:
+    """In a forked process: the locks are its parent's, and end with it."""
+    for descriptor in HELD.values():
+        os.close(descriptor)
+    HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
+@contextmanager
+def locked(out: Path):
+    """Makes the run's folder and holds its lock: no other process writes there. The kernel frees it
+    when the process ends, however it ends. Raises InputError where another process holds it, or the
+    folder cannot be made."""
+    path = out / "run.lock"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+    except OSError as error:
+        raise InputError(
+            f"{out}: cannot be used as a run's folder ({error.strerror}); give another --out"
+        ) from None
+    try:
+        take_lock(descriptor, out)
+        HELD[path] = descriptor
+        yield
+    finally:
+        HELD.pop(path, None)
+        os.close(descriptor)
+
+
+def take_lock(descriptor: int, out: Path) -> None:
+    """Locks an open run.lock; where the system or the file system has no such locks, a line says
+    so."""
+    try:
+        import fcntl
+    except ImportError:
+        print(f"{out}: this system has no file locks: start one process in it only", flush=True)
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"{out}: another process is running in it; wait for its end, or give another --out"
+        ) from None
+    except OSError as error:
+        print(f"{out}: cannot be locked ({error.strerror}): start one process in it", flush=True)
+
+
+def check_folder(out: Path) -> None:
+    """Raises InputError where the run's folder was removed, or another made in its place."""
+    path = out / "run.lock"
+    try:
+        if path in HELD:
+            there = os.path.samestat(os.stat(path), os.fstat(HELD[path]))
+        else:
+            there = out.is_dir()
+    except OSError:
+        there = False
+    if not there:
+        raise InputError(
+            f"{out}: was removed or replaced during the run; nothing more is written, start anew "
+            "with another --out"
+        )
 
 
 def run_folder(s) -> Path:
@@ -350,29 +591,17 @@ def run_folder(s) -> Path:
 
 def prepare(s) -> Path:
     """Makes the run's folder and its config.json; refuses to mix two runs, or a resumed run with
-    other settings."""
+    other settings, and a folder whose files no config.json explains (InputError)."""
     out = run_folder(s)
     config = out / "config.json"
     if config.is_file():
-        if not s.resume:
-            raise InputError(
-                f"{out} holds a run already: --resume goes on with it, another --out starts a new one"
-            )
-        old, new = json.loads(config.read_text())["settings"], dataclasses.asdict(s)
-        processes = json.loads(config.read_text()).get("processes", 1)
-        if processes != rank_and_world()[1]:  # steps, batches and loops depend on it
-            raise InputError(
-                f"{out} was started with {processes} processes; resume it with as many"
-            )
-        changed = [k for k in new if k not in MAY_CHANGE and old.get(k) != new[k]]
-        if changed:
-            what = ", ".join(
-                f"--{k.replace('_', '-')} {old.get(k)!r} -> {new[k]!r}" for k in changed
-            )
-            raise InputError(
-                f"{out} was started with other settings ({what}); resume with the same ones or use another --out"
-            )
+        check_same_run(s, out)
         return out
+    if foreign := [name for name in TRACES if (out / name).exists()]:
+        raise InputError(
+            f"{out} holds {', '.join(foreign)} but no config.json: nobody knows of which run; restore "
+            "config.json, or give another --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     versions = {
         "torch": torch.__version__,
@@ -387,6 +616,54 @@ def prepare(s) -> Path:
         "versions": {"alda": code_version(), "python": platform.python_version(), **versions},
         "toy": s.root == "toy",
     }
-    config.with_suffix(".incomplete").write_text(json.dumps(record, indent=1))
-    os.replace(config.with_suffix(".incomplete"), config)
+    write_atomic(config, json.dumps(record, indent=1))
     return out
+
+
+def check_same_run(s, out: Path) -> None:
+    """Raises InputError where the run in `out` may not go on with these settings."""
+    if not s.resume:
+        raise InputError(
+            f"{out} holds a run already: --resume goes on with it, another --out starts a new one"
+        )
+    record = read_json(out / "config.json", "settings")
+    old, new = record["settings"], dataclasses.asdict(s)
+    if not isinstance(old, dict):
+        raise InputError(f"{out / 'config.json'}: 'settings' is no object; restore it from a copy")
+    processes = record.get("processes", 1)
+    if processes != rank_and_world()[1]:  # steps, batches and loops depend on it
+        raise InputError(f"{out} was started with {processes} processes; resume it with as many")
+    changed = [k for k in new if k not in MAY_CHANGE and old.get(k) != new[k]]
+    if changed:
+        what = ", ".join(f"--{k.replace('_', '-')} {old.get(k)!r} -> {new[k]!r}" for k in changed)
+        raise InputError(
+            f"{out} was started with other settings ({what}); resume with the same ones or use another --out"
+        )
+
+
+def remember_data(out: Path, **parts: SegmentationDataset | None) -> None:
+    """Writes into config.json which images the run is about; InputError where a resumed run finds
+    others.
+
+    `parts` are source, target and validation, None for one that the run does not read; source and
+    validation must have labels. Without a config.json (loops called from code) nothing is kept.
+    """
+    config = out / "config.json"
+    parts = {name: data for name, data in parts.items() if data is not None}
+    for name in parts.keys() & {"source", "validation"}:
+        parts[name].check_labelled()
+    if rank_and_world()[0] or not config.is_file():
+        return
+    record = read_json(config)
+    known, now = record.get("data", {}), {n: data.fingerprint() for n, data in parts.items()}
+    for name, found in now.items():
+        before = known.get(name, found) if isinstance(known, dict) else None
+        if before != found:
+            images = before.get("images") if isinstance(before, dict) else None
+            raise InputError(
+                f"{out} was started with other data: its {name} had {images} images, now "
+                f"{parts[name].name} has {found['images']}, or files of other names or sizes; give "
+                "the --root it was started with, or another --out"
+            )
+    if known != now:
+        write_atomic(config, json.dumps({**record, "data": {**known, **now}}, indent=1))

@@ -10,10 +10,11 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from alda import InputError
 from alda.acquisition import SCORES
-from alda.datasets import parse_scale, parse_size
+from alda.datasets import parse_scale, parse_size, read_json
 
 QUERIES = tuple(SCORES)  # strategies that ask for pixels
 SELF_TRAINING = ("st", "cbst", "cbst-sp")  # strategies that ask for nothing
@@ -606,6 +607,30 @@ def settings_for(given: dict) -> Settings:
     return Settings(**{**merged, **given})
 
 
+def settings_resumed(given: dict) -> Settings | None:
+    """With --resume: the settings in the config.json of the run in --out or the default folder, under
+    the options that were given; None without --resume or config.json. Raises InputError for a
+    config.json that cannot be read, and where --resume stands alone and there is none."""
+    if not given.get("resume"):
+        return None
+    names = {"strategy": "ripu", "src": "gta5", "tgt": "cityscapes", "seed": 0} | given
+    default = "runs/{strategy}-{src}-{tgt}-{seed}".format(**names)
+    config = Path(given.get("out") or default) / "config.json"
+    if not config.is_file():
+        if given.keys() <= {"resume", "out"}:
+            raise InputError(f"no {config} to resume: give the run's folder with --out")
+        return None
+    kept = read_json(config, "settings")["settings"]
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    if not isinstance(kept, dict) or not kept.keys() <= fields:
+        raise InputError(
+            f"{config}: 'settings' are not those of this version; resume with the version in "
+            "'versions', or restore the file"
+        )
+    folder = {"out": given["out"]} if "out" in given else {}
+    return Settings(**{**kept, **given, **folder})
+
+
 def poly_length(s: Settings) -> int:
     """How many steps the poly decay of a run with queries is long: --poly-steps, or RIPU's 62,500
     for 40,000 steps, and for 30,000 source-free, in proportion to --steps."""
@@ -664,7 +689,7 @@ def parse(argv: list[str] | None) -> Settings:
             choices = meta["choices"] or None
             group.add_argument(name, type=field.type, help=text, choices=choices)
     given = vars(parser.parse_args(argv))
-    s = settings_for(given)
+    s = settings_resumed(given) or settings_for(given)
     if os.environ.get("RANK", "0") == "0":
         for note in notes_on(given, s):
             print(f"note: {note}", file=sys.stderr)

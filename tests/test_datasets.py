@@ -117,7 +117,7 @@ def test_cityscapes_test_split_has_no_labels(tmp_path):
 
 def test_acdc_lists_its_four_conditions(tmp_path):
     for condition in ("fog", "night", "rain", "snow"):
-        stem = f"{condition}/train/GP01/GP01_frame_000001"
+        stem = f"{condition}/train/GP01/GP01_{condition}_000001"
         put(tmp_path / f"acdc/rgb_anon/{stem}_rgb_anon.png", np.zeros((4, 6, 3), np.uint8))
         put(tmp_path / f"acdc/gt/{stem}_gt_labelIds.png", np.full((4, 6), 23, np.uint8))
     data = D.open_dataset("acdc", tmp_path)
@@ -140,11 +140,13 @@ def test_every_class_of_every_dataset_survives_files_and_back(name, tmp_path):
     elif name == "cityscapes":
         cityscapes_pair(tmp_path, labels=raw)
     elif name == "acdc":
-        put(
-            tmp_path / "acdc/rgb_anon/fog/train/GP01/a_rgb_anon.png",
-            np.zeros((*raw.shape, 3), np.uint8),
-        )
-        put(tmp_path / "acdc/gt/fog/train/GP01/a_gt_labelIds.png", raw)
+        for condition in D.ACDC_CONDITIONS:
+            place = f"{condition}/train/GP01/{condition}"
+            put(
+                tmp_path / f"acdc/rgb_anon/{place}_rgb_anon.png",
+                np.zeros((*raw.shape, 3), np.uint8),
+            )
+            put(tmp_path / f"acdc/gt/{place}_gt_labelIds.png", raw)
     else:
         put(tmp_path / "synthia/RGB/a.png", np.zeros((*raw.shape, 3), np.uint8))
         (tmp_path / "synthia/GT/LABELS").mkdir(parents=True)
