@@ -100,7 +100,7 @@ def test_other_classes_than_cityscapes(tmp_path):
             1,
             (2, 2),
         )
-    total = ledger([Rounds(tmp_path).record(1)])
+    total = ledger([Rounds(tmp_path, names).record(1)])
     assert total["classes"] == {"background": 1, "person": 2, "car": 0}
     third = torch.tensor([1 / 3, 2 / 3])
     assert total["class_entropy"] == pytest.approx(float(-(third * third.log()).sum() / np.log(3)))
