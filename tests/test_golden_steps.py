@@ -218,6 +218,7 @@ def drive_queries(g, model, folder, watch, patch):
         2: three(g["target_images"], g["target_labels"]),
     }
     patch.setattr(loop, "open_dataset", Images)
+    patch.setattr(loop, "remember_data", lambda *_, **__: None)
     patch.setattr(loop, "batches", lambda s, dataset, step, stream, labels_of: streams[stream])
     patch.setattr(Run, "fresh_model", lambda run: model)
     with pytest.raises(StopIteration):
@@ -243,6 +244,7 @@ def drive_stal(g, model, folder, watch, patch, contrast_start, look):
         looks.append(look(student, teacher))
 
     patch.setattr(loop, "open_dataset", Images)
+    patch.setattr(loop, "remember_data", lambda *_, **__: None)
     patch.setattr(loop, "images_due", lambda s, images: [0, 0, 0])
     patch.setattr(loop, "ask_images", lambda *_: None)
     patch.setattr(loop, "note_before", lambda *_: None)
