@@ -48,9 +48,11 @@ ROWS = 32  # rows of logits worked on at a time: the temporaries of a strip stay
 def check_logits(logits: torch.Tensor) -> None:
     """Raises ValueError, in one line, for what is no map of logits (C,H,W) or (N,C,H,W), C from 2 to
     255: NumPy arrays, other ranks, classes on the last axis, integers, probabilities."""
-    if not isinstance(logits, torch.Tensor):
-        kind = type(logits).__module__.split(".")[0]
-        raise ValueError(f"logits must be a torch.Tensor, got a {kind} array: use torch.from_numpy")
+    if isinstance(logits, dict):
+        raise ValueError(
+            "logits must be a torch.Tensor, got a dict: give network(x)['out'], perhaps"
+        )
+    check_tensor(logits, "logits")
     shape = tuple(logits.shape)
     if logits.dim() not in (3, 4) or not logits.is_floating_point():
         raise ValueError(f"logits must be floats (C,H,W) or (N,C,H,W), got {logits.dtype} {shape}")
@@ -63,12 +65,17 @@ def check_logits(logits: torch.Tensor) -> None:
         raise ValueError("these are probabilities; give the logits before the softmax")
 
 
+def check_tensor(values, name: str) -> None:
+    """Raises ValueError, in one line, for what is no torch.Tensor."""
+    if not isinstance(values, torch.Tensor):
+        kind = f"{type(values).__module__}.{type(values).__name__}".removeprefix("builtins.")
+        hint = ": use torch.from_numpy" if kind == "numpy.ndarray" else ""
+        raise ValueError(f"{name} must be a torch.Tensor, got a {kind}{hint}")
+
+
 def check_prob(prob: torch.Tensor) -> None:
     """Raises ValueError, in one line, for what is no map of probabilities (C,H,W) or (N,C,H,W)."""
-    if not isinstance(prob, torch.Tensor):
-        raise ValueError(
-            "prob must be a torch.Tensor; of a NumPy array make one by torch.from_numpy"
-        )
+    check_tensor(prob, "prob")
     shape = tuple(prob.shape)
     if prob.dim() not in (3, 4) or not 2 <= shape[-3] <= 255:
         raise ValueError(f"prob must be (C,H,W) or (N,C,H,W) with 2 to 255 classes, got {shape}")
@@ -283,6 +290,7 @@ def paint(centres: torch.Tensor, radius: int, shape: tuple[int, int]) -> torch.T
     """The pixels within `radius` (square, cut at the border) of any centre: (n,2) int64 -> (H,W)
     bool, centres' device."""
     height, width = shape
+    check_tensor(centres, "centres")
     if centres.dim() != 2 or centres.shape[1] != 2 or centres.is_floating_point():
         raise ValueError(
             f"centres must be integers (n,2), got {centres.dtype} {tuple(centres.shape)}"
@@ -298,6 +306,7 @@ def paint(centres: torch.Tensor, radius: int, shape: tuple[int, int]) -> torch.T
 def dilate(mask: torch.Tensor, radius: int) -> torch.Tensor:
     """The pixels within `radius` (square) of a True pixel: (H,W) bool, or uint8 where not 0 is True ->
     (H,W) bool."""
+    check_tensor(mask, "mask")
     return box_sum((mask != 0).to(torch.uint8), radius) > 0
 
 
@@ -330,10 +339,9 @@ def select_regions(
     every candidate that no earlier pick has blocked. A quarter of them is nearly always enough and
     is tried first. Raises ValueError for other shapes, and for a count or radius below 0.
     """
-    if not isinstance(score, torch.Tensor):
-        raise ValueError(
-            "score must be a torch.Tensor; of a NumPy array make one by torch.from_numpy"
-        )
+    for name, values in (("score", score), ("blocked", blocked), ("tie_break", tie_break)):
+        if values is not None:
+            check_tensor(values, name)
     wrong = score.dim() != 2 or count < 0 or block_radius < 0
     if wrong or any(x is not None and x.shape[-2:] != score.shape for x in (blocked, tie_break)):
         shapes = [None if x is None else tuple(x.shape) for x in (score, blocked, tie_break)]

@@ -192,6 +192,7 @@ def ask_pixels(s: Settings, run: Run, target: SegmentationDataset, rounds: Round
     draw, report."""
     began = time.time()
     records = [rounds.record(earlier + 1) for earlier in range(number - 1)]
+    print(f"round {number}/{s.rounds}: scoring {len(target)} images", flush=True)
     centres, shown, notes = choose(s, run, target, rounds, number, records)
     paint_radius = 0 if s.unit == "pixel" else s.radius
     folder = run.out / "pictures" / f"round-{number:02d}"
@@ -328,6 +329,8 @@ def ask_images(
     taken = {image for n in range(1, number) for image in rounds.record(n)["images"]}
     left = [i for i, sample in enumerate(target.samples) if sample.id not in taken]
     if number > 1 and s.image_queries == "uncertainty":
+        if rank_and_world()[0] == 0:
+            print(f"round {number}/{s.rounds}: scoring {len(left)} images", flush=True)
         score, shown = uncertainty_of_images(s, run, teacher, target, left)
     else:
         draws = np.random.default_rng(mix_seed(s.seed, 3, number)).random(len(left))
@@ -409,6 +412,7 @@ def label_target(
     are reported and used for nothing.
     """
     began = time.time()
+    print(f"pseudo-labels {number}: two passes over {len(target)} images", flush=True)
     histogram = ConfidenceHistogram(NUM_CLASSES, run.device)
     for _, _, prob in over_target(s, run, target, mirrored_probabilities):
         histogram.add(prob, at_size(prior, prob))

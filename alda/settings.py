@@ -610,14 +610,14 @@ def settings_for(given: dict) -> Settings:
 def settings_resumed(given: dict) -> Settings | None:
     """With --resume: the settings in the config.json of the run in --out or the default folder, under
     the options that were given; None without --resume or config.json. Raises InputError for a
-    config.json that cannot be read, and where --resume stands alone and there is none."""
+    config.json that cannot be read, and where there is none and no --strategy is given to start."""
     if not given.get("resume"):
         return None
     names = {"strategy": "ripu", "src": "gta5", "tgt": "cityscapes", "seed": 0} | given
     default = "runs/{strategy}-{src}-{tgt}-{seed}".format(**names)
     config = Path(given.get("out") or default) / "config.json"
     if not config.is_file():
-        if given.keys() <= {"resume", "out"}:
+        if "strategy" not in given:
             raise InputError(f"no {config} to resume: give the run's folder with --out")
         return None
     kept = read_json(config, "settings")["settings"]

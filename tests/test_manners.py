@@ -212,3 +212,45 @@ def test_differences_have_unique_numbers_and_the_readme_names_their_homes():
         for number in range(int(first), int(last or first) + 1):
             found[str(number)] = f"{module}.py"
     assert found == homes
+
+
+def test_a_resume_without_a_run_starts_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (["--resume"], ["--resume", "--out", "nothing"], ["--resume", "--threads", "1"]):
+        assert loop.main(words) == 2
+        assert "to resume: give the run's folder with --out" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (
+            lambda: acquisition.ripu_score({"out": LOGITS}),
+            r"got a dict: give network\(x\)\['out'\]",
+        ),
+        (
+            lambda: acquisition.select_regions((1, 2), 1, 1),
+            "score must be a torch.Tensor, got a tuple",
+        ),
+        (lambda: acquisition.dilate(np.zeros((3, 3)), 1), "mask must be a torch.Tensor"),
+        (
+            lambda: acquisition.paint([(3, 4)], 1, (9, 9)),
+            "centres must be a torch.Tensor, got a list",
+        ),
+        (
+            lambda: acquisition.select_regions(torch.rand(3, 3), 1, 1, np.zeros((3, 3))),
+            "blocked must be a torch.Tensor",
+        ),
+    ],
+)
+def test_things_of_other_kinds_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_the_readme_holds_no_gap():
+    assert (
+        "@@"
+        not in (ROOT / "README.md").read_text() + (ROOT / "tests/benchmarks/RESULTS.md").read_text()
+    )
