@@ -1049,3 +1049,39 @@ def test_each_round_of_pseudo_labels_is_made_anew_with_its_prior(
     assert loop.main(arguments(tiny_world, tmp_path, strategy="ripu", steps=4, **options)) == 0
     assert given == [(1, kind, kind == "cbst-sp"), (2, kind, kind == "cbst-sp")]
     assert trained[:2] == [1, 1] and trained[-1] == 2  # the numbers of the rounds that were read
+
+
+def test_padding_is_in_no_contrastive_set():
+    """Two pixels a class apart; the right half of the unlabelled image is padding, the surest of all."""
+    labels = torch.zeros(1, 4, 8, dtype=torch.uint8)
+    weak = torch.zeros(1, 19, 4, 8)
+    weak[0, 1, :, :4] = torch.arange(16).view(4, 4) * 0.3 + 1  # ever surer
+    weak[0, 1, :, 4:] = 50
+    inside = torch.zeros(1, 4, 8, dtype=torch.bool)
+    inside[..., :4] = True
+    pseudo = weak.argmax(1).to(torch.uint8).masked_fill(~inside, NONE)
+    members, _, strangers = stal.contrast_sets(
+        labels, torch.zeros(1, 19, 4, 8), pseudo, weak, inside, (4, 8)
+    )
+    sure, unsure = (x[:, 32:].view(19, 4, 8) for x in (members, strangers))
+    assert not sure[..., 4:].any() and not unsure[..., 4:].any()
+    # 16 pixels inside: the percentiles leave the 4 surest and the 4 least sure (20 % of 15 gaps, inclusive)
+    assert sure[1, 3].tolist() == [True] * 4 + [False] * 4 and sure.sum() == 4
+    assert unsure.any(0)[0].tolist() == [True] * 4 + [False] * 4 and unsure.any(0).sum() == 4
+
+
+def test_what_is_cut_from_knows_padding_from_missing_truth(tiny_world):
+    s = settings_for(
+        {
+            "strategy": "stal",
+            "crop": "128x64",
+            "target_size": "128x64",
+            "scale": "1,1",
+            "workers": 0,
+        }
+    )
+    target = open_dataset("cityscapes", tiny_world)
+    partners = stal.Partners(s, target, torch.device("cpu"))
+    index = next(i for i in range(len(target)) if (target.labels(i) == NONE).any())
+    truth = partners.view[0, index][1]
+    assert (truth == 254).any() and not (truth == NONE).any()
