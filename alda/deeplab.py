@@ -1,4 +1,4 @@
-"""DeepLabV2 and DeepLabV3+ on torchvision ResNets, as the systems build them. What is the network?
+"""DeepLabV2 and DeepLabV3+ on torchvision's ResNets and MobileNetV2. What is the network?
 
     from alda.deeplab import build, load_checkpoint, parameter_groups, upsample
 
@@ -28,6 +28,10 @@ Details that decide whether a network is the official one:
  7. CRST's network comes from Caffe: the stride sits on the first 1x1 convolution of a block, and the first block of a
     dilated layer is dilated like the others.
  8. Every resize is bilinear with align_corners=True.
+ 9. MobileNetV2 (Sandler et al., arXiv 1801.04381) is in none of the four papers: it is here for small machines. Its last
+    three inverted-residual stages are dilated like layer3 and layer4; the 1x1 layer to 1280 features is left out, and the
+    separable head is 128 wide instead of 512. Its batch norm has torchvision's epsilon also when frozen: some of its
+    ImageNet variances are 0.
 
 Letters: N images, C classes, K features, H x W the images' size, h x w the size of a feature map.
 
@@ -59,8 +63,13 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from alda import InputError
 
-# name: width of layer1, layer3, layer4 in units of 64, 256, 512
-BACKBONES = {"resnet18": 1, "resnet50": 4, "resnet101": 4}
+# name: how many features its three maps have, at strides 4, 8 and 8
+BACKBONES = {
+    "resnet18": (64, 256, 512),
+    "resnet50": (256, 1024, 2048),
+    "resnet101": (256, 1024, 2048),
+    "mobilenet_v2": (24, 96, 320),
+}
 HIDDEN = 256  # features inside STAL's heads
 DROPOUT = 0.1  # channel dropout of every V3+ head (RIPU classifier.py; STAL decoder.py)
 
@@ -74,12 +83,12 @@ def upsample(logits, size):
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
 
 
-def _norm_layer(batch_norm):
-    """What makes a normalisation layer: "frozen" is buffers only, eps 0 (detail 3); "live"
+def _norm_layer(batch_norm, eps=0.0):
+    """What makes a normalisation layer: "frozen" is buffers only, with `eps` (detail 3); "live"
     nn.BatchNorm2d, eps 1e-5."""
     if batch_norm not in ("frozen", "live"):
         raise InputError(f"batch norm is 'frozen' or 'live', not {batch_norm!r}")
-    return partial(FrozenBatchNorm2d, eps=0.0) if batch_norm == "frozen" else nn.BatchNorm2d
+    return partial(FrozenBatchNorm2d, eps=eps) if batch_norm == "frozen" else nn.BatchNorm2d
 
 
 def _conv_norm(inputs, outputs, kernel, norm, dilation=1, bias=False):
@@ -111,8 +120,8 @@ def _small_head(inputs, outputs, depth, norm):
 
 
 def _dilate(layer, before, after, grid=None):
-    """Trade the stride of a ResNet layer for dilation, in place; the dilations of block i are
-    multiplied by grid[i].
+    """Trade the stride of a layer (its blocks in order) for dilation, in place; the dilations of
+    block i are multiplied by grid[i].
 
     The 3x3 convolution that had the stride takes the dilation `before`, all later ones `after`.
     This is torchvision's `replace_stride_with_dilation` for Bottleneck blocks, and the same rule
@@ -144,8 +153,6 @@ class Backbone(nn.Module):
 
     def __init__(self, name, batch_norm, stem="torchvision", multi_grid=(1, 1, 1), caffe=False):
         super().__init__()
-        if name not in BACKBONES:
-            raise InputError(f"unknown backbone {name!r}; there are {', '.join(BACKBONES)}")
         if stem not in ("torchvision", "deep"):
             raise InputError(f"stem is 'torchvision' or 'deep', not {stem!r}")
         if len(multi_grid) != 3:
@@ -162,7 +169,7 @@ class Backbone(nn.Module):
             net.layer2[0].conv1.stride, net.layer2[0].conv2.stride = (2, 2), (1, 1)  # detail 7
         _dilate(net.layer3, before=2 if caffe else 1, after=2)
         _dilate(net.layer4, before=4 if caffe else 2, after=4, grid=multi_grid)
-        self.widths = tuple(BACKBONES[name] * k for k in (64, 256, 512))
+        self.widths = BACKBONES[name]
         self.conv1, self.bn1, self.relu = net.conv1, net.bn1, net.relu
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=stem == "deep" or caffe)
         self.layer1, self.layer2, self.layer3, self.layer4 = (
@@ -191,6 +198,41 @@ def _deepen_stem(net, norm):
     second = conv(64, 64, 3), norm(64), nn.ReLU(inplace=True)
     net.conv1, net.bn1 = nn.Sequential(*first, *second, conv(64, 128, 3)), norm(128)
     net.layer1[0].conv1, net.layer1[0].downsample[0] = conv(128, 64, 1), conv(128, 256, 1)
+
+
+class MobileNetBackbone(nn.Module):
+    """torchvision's MobileNetV2 without its classifier, output stride 8, torchvision's parameter names
+    (module docstring, detail 9).
+
+    `batch_norm` is "frozen" or "live", with torchvision's epsilon in both. `forward(images (N,3,H,W)
+    float) -> ((N,24,H/4,W/4), (N,96,H/8,W/8), (N,320,H/8,W/8))`, sizes rounded up; `widths` is
+    (24, 96, 320).
+    """
+
+    def __init__(self, batch_norm):
+        super().__init__()
+        norm = _norm_layer(batch_norm, eps=1e-5)
+        self.features = torchvision.models.mobilenet_v2(norm_layer=norm).features[:18]
+        _dilate(self.features[7:14], before=1, after=2)
+        _dilate(self.features[14:], before=2, after=4)
+        self.widths = BACKBONES["mobilenet_v2"]
+
+    def forward(self, images):
+        low = self.features[:4](images)
+        middle = self.features[4:14](low)
+        return low, middle, self.features[14:](middle)
+
+
+def _backbone(name, batch_norm, **trunk):
+    """The backbone by its name; `trunk` are the further arguments of a ResNet's. Raises
+    InputError."""
+    if name not in BACKBONES:
+        raise InputError(f"unknown backbone {name!r}; there are {', '.join(BACKBONES)}")
+    if name != "mobilenet_v2":
+        return Backbone(name, batch_norm, **trunk)
+    if trunk:
+        raise InputError(f"mobilenet_v2 has no {', '.join(trunk)}: these are arguments of ResNets")
+    return MobileNetBackbone(batch_norm)
 
 
 class _ImagePool(nn.Module):
@@ -244,7 +286,7 @@ class _SumOfBranches(nn.Module):
 
 
 class DeepLabV2(nn.Module):
-    """DeepLabV2: a ResNet at output stride 8 and the sum of four dilated classifiers (module
+    """DeepLabV2: a backbone at output stride 8 and the sum of four dilated classifiers (module
     docstring, detail 2).
 
     num_classes                  C
@@ -269,7 +311,7 @@ class DeepLabV2(nn.Module):
         **trunk,
     ):
         super().__init__()
-        self.backbone = Backbone(backbone, batch_norm, **trunk)
+        self.backbone = _backbone(backbone, batch_norm, **trunk)
         self.classifier = _SumOfBranches(self.backbone.widths[2], num_classes)
         _add_extras(
             self,
@@ -311,7 +353,7 @@ class DeepLabV3Plus(nn.Module):
         if aspp not in ("separable", "dense"):
             raise InputError(f"aspp is 'separable' or 'dense', not {aspp!r}")
         norm = _norm_layer(batch_norm)
-        self.backbone = Backbone(backbone, batch_norm, **trunk)
+        self.backbone = _backbone(backbone, batch_norm, **trunk)
         self.dense = aspp == "dense"
         fused = (
             self._dense_head(num_classes, norm)
@@ -321,10 +363,11 @@ class DeepLabV3Plus(nn.Module):
         _add_extras(self, fused, num_classes, representation, auxiliary, norm)
         self.description = f"DeepLabV3Plus ({backbone}, {num_classes} classes, {batch_norm} batch norm, aspp {aspp})"
 
-    def _separable_head(self, num_classes, norm, width=512, detail=48):
-        """RIPU's head (core/models/classifier.py); returns the number of features its decoder
-        reads."""
+    def _separable_head(self, num_classes, norm, detail=48):
+        """RIPU's head (core/models/classifier.py), 512 wide, 128 on MobileNetV2; returns the number
+        of features its decoder reads."""
         low, _, deep = self.backbone.widths
+        width = 128 if deep == 320 else 512
         branches = [
             _conv_norm(deep, width, 1, norm),
             *(_separable(deep, width, norm, r) for r in (6, 12, 18)),
@@ -474,7 +517,10 @@ CRST_NAMES = (
     (r"^layer5\.conv2d_list\.", "classifier.branches."),
     (r"^(?!classifier\.)", "backbone."),
 )
-TORCHVISION_NAMES = ((r"^fc\..*", ""), (r"^(?=.)", "backbone."))
+TORCHVISION_NAMES = (
+    (r"^(fc|classifier|features\.18)\..*", ""),  # MobileNetV2's last layer, detail 9
+    (r"^(?=.)", "backbone."),
+)
 
 
 def _rename(state, names):
@@ -497,7 +543,7 @@ def load_checkpoint(model, path, which="model"):
     "ripu"         {"feature_extractor": ..., "classifier": ...}
     "stal"         {"model_state": ..., "teacher_state": ...}
     "crst"         one flat state dict with layer5.conv2d_list
-    "torchvision"  one flat state dict of a classification ResNet (own ImageNet file): fills the backbone only
+    "torchvision"  one flat state dict of a classification network (own ImageNet file): fills the backbone only
 
     `which` is "model" or "teacher", for layouts that hold both. Names may carry "module.". Only
     tensors and plain values are unpickled (weights_only=True, and NumPy scalars, which official
@@ -602,7 +648,7 @@ def _state_of(content, which, path):
         return "alda", _rename(content, ())
     if "layer5" in modules:
         return "crst", _rename(content, CRST_NAMES)
-    if "layer4" in modules:
+    if modules & {"layer4", "features"}:
         return "torchvision", _rename(content, TORCHVISION_NAMES)
     raise InputError(
         f"{path} has an unknown layout; it holds {', '.join(map(str, list(content)[:10]))}"

@@ -468,10 +468,13 @@ def network_of(s) -> dict:
     """The arguments of deeplab.build that the settings ask for; a checkpoint keeps them."""
     batch_norm = s.batch_norm
     if batch_norm == "auto":
-        batch_norm = "live" if s.init == "none" else "frozen"
+        live = s.init == "none" or s.backbone == "mobilenet_v2"
+        batch_norm = "live" if live else "frozen"
     network = {"net": s.net, "backbone": s.backbone, "batch_norm": batch_norm}
     if s.net == "deeplabv3plus" and s.head == "stal":
-        network |= {"aspp": "dense", "multi_grid": (2, 2, 4)}
+        network["aspp"] = "dense"
+        if s.backbone != "mobilenet_v2":
+            network["multi_grid"] = (2, 2, 4)
     if s.strategy == "stal":
         network |= {"representation": 256 if s.contrast else 0, "auxiliary": s.auxiliary > 0}
     return network

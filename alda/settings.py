@@ -82,7 +82,10 @@ class Settings:
         "deeplabv2", "network", "segmentation head", choices=("deeplabv2", "deeplabv3plus")
     )
     backbone: str = option(
-        "resnet101", "network", "torchvision ResNet", choices=("resnet101", "resnet50", "resnet18")
+        "resnet101",
+        "network",
+        "torchvision network; mobilenet_v2 for small machines",
+        choices=("resnet101", "resnet50", "resnet18", "mobilenet_v2"),
     )
     init: str = option(
         "imagenet",
@@ -92,13 +95,13 @@ class Settings:
     head: str = option(
         "ripu",
         "network",
-        "the DeepLabV3+ of RIPU, or of STAL (dense ASPP 12/24/36, multi-grid)",
+        "the DeepLabV3+ of RIPU, or of STAL (dense ASPP 12/24/36, on ResNets multi-grid)",
         choices=("ripu", "stal"),
     )
     batch_norm: str = option(
         "auto",
         "network",
-        "auto: live with --init none, else frozen",
+        "auto: live with --init none and on mobilenet_v2, else frozen",
         choices=("auto", "frozen", "live"),
     )
 

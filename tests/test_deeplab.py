@@ -225,11 +225,14 @@ def test_every_official_name_is_consumed_and_every_entry_of_ours_filled(
 # ----------------------------------------------------------------------------------------------------------- structure
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+WIDTHS = {"resnet18": (64, 256, 512), "resnet50": (256, 1024, 2048), "mobilenet_v2": (24, 96, 320)}
+
+
+@pytest.mark.parametrize("backbone", WIDTHS)
 @pytest.mark.parametrize("size", [(64, 96), (65, 97), (50, 70)])
 def test_strides_and_shapes(backbone, size):
     eighth, quarter = [-(-n // 8) for n in size], [-(-n // 4) for n in size]
-    low, middle, deep = {"resnet18": (64, 256, 512), "resnet50": (256, 1024, 2048)}[backbone]
+    low, middle, deep = WIDTHS[backbone]
     images = torch.zeros(2, 3, *size, device="meta")
     with torch.device("meta"):
         v2 = DeepLabV2(7, backbone, "live", representation=16, auxiliary=True)
@@ -266,6 +269,28 @@ def test_dilation_computes_the_original_resnet_on_a_finer_grid(backbone):
         assert_close(got[0], low)
         assert_close(got[1][:, :, ::2, ::2], middle)
         assert_close(got[2][:, :, ::4, ::4], original.layer4(middle))
+
+
+@pytest.mark.parametrize("batch_norm", ["live", "frozen"])
+def test_mobilenet_is_torchvisions_on_a_finer_grid(tmp_path, batch_norm):
+    """torchvision's own file fills it, and every 4th position of its last map is torchvision's last
+    stage at stride 32; so is every 2nd of the middle map at stride 16. Its variances may be 0."""
+    torch.manual_seed(0)
+    original = torchvision.models.mobilenet_v2(weights=None).eval()
+    for module in original.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1), module.running_var.uniform_(0.5, 1.5)
+    original.features[5].conv[1][1].running_var[:2] = 1e-44
+    path = tmp_path / "mobilenet_v2.pth"
+    torch.save(original.state_dict(), path)
+    model = build("deeplabv3plus", "mobilenet_v2", 5, batch_norm, str(path)).eval()
+    images = torch.randn(1, 3, 65, 97)
+    with torch.inference_mode():
+        low, middle, deep = model.backbone(images)
+        assert_close(low, original.features[:4](images))
+        assert_close(middle[:, :, ::2, ::2], original.features[:14](images))
+        assert_close(deep[:, :, ::4, ::4], original.features[:18](images))
+        assert model(images).isfinite().all()
 
 
 def test_deeper_stem_and_caffe_pool_with_ceil_mode():
@@ -365,6 +390,7 @@ def test_build_none_needs_live_batch_norm():
         (dict(net="deeplabv2", stem="deep"), "no ImageNet weights for stem 'deep'"),
         (dict(net="deeplabv2", backbone="resnet18", caffe=True), "not on resnet18"),
         (dict(net="deeplabv2", multi_grid=(2, 4)), "three factors"),
+        (dict(net="deeplabv2", backbone="mobilenet_v2", multi_grid=(2, 2, 4)), "has no multi_grid"),
         (dict(net="deeplabv3plus", aspp="wide"), "'separable' or 'dense'"),
         (dict(net="deeplabv2", backbone="resnet18", init="/nowhere.pth"), "no file /nowhere.pth"),
     ],
