@@ -153,6 +153,30 @@ def ripu_score(logits: torch.Tensor, k: int = 1) -> tuple[torch.Tensor, torch.Te
     return impurity * uncertainty, impurity, uncertainty
 
 
+def factors_at(
+    logits: torch.Tensor, centres: torch.Tensor, k: int = 1, unit: str = "region"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Why these places were asked: impurity and uncertainty, the two factors of RIPU's score, and the
+    predicted class at `centres` (n,2) alone: logits (C,H,W) -> (n,) float32 twice, (n,) uint8.
+
+    As `region_impurity` and `region_uncertainty` (unit "pixel": the pixel's own entropy) give them,
+    computed in the picks' windows instead of on the whole map.
+    """
+    entropies, prediction = entropy_and_prediction(logits)
+    steps = torch.arange(-k, k + 1, device=logits.device)
+    rows, cols = (centres.to(logits.device)[:, axis, None] + steps for axis in (0, 1))  # (n,2k+1)
+    height, width = prediction.shape
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((cols >= 0) & (cols < width))[:, None]
+    place = rows.clamp(0, height - 1)[:, :, None], cols.clamp(0, width - 1)[:, None]
+    area = inside.sum((1, 2))  # (n,2k+1,2k+1) -> (n,)
+    classes = prediction[place]
+    shares = [((classes == c) & inside).sum((1, 2)) / area for c in range(len(logits))]
+    impurity = torch.special.entr(torch.stack(shares)).sum(0) / math.log(len(logits))
+    own = entropies[place][:, k, k]
+    mean = (entropies[place] * inside).sum((1, 2)) / area
+    return impurity, own if unit == "pixel" else mean, classes[:, k, k]
+
+
 def pixel_score(logits: torch.Tensor, k: int = 32) -> torch.Tensor:
     """RIPU's score for pixel queries (PA): impurity of the (2k+1)^2 region times the pixel's own
     entropy, not a mean: (C,H,W) or (N,C,H,W) -> (H,W) or (N,H,W) float32 in [0,1]."""

@@ -38,6 +38,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +56,7 @@ PSEUDO = (
     100  # in a training label map, 100 + c is a pseudo-label of class c: nobody was asked for it
 )
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN_COLOUR = (124, 116, 104)  # of ImageNet, in 0..255: what padding is
 
 
 class Class(NamedTuple):
@@ -534,11 +536,11 @@ def resize_labels(labels: torch.Tensor, size: tuple[int, int], keep: bool = Fals
 
 @dataclass(frozen=True)
 class JointTransform:
-    """Resize, scale, crop, flip and normalise an image together with its labels.
+    """Resize, scale, crop and flip an image together with its labels.
 
-    Called as `transform(image (3,H,W) uint8, labels (H,W) uint8, generator)`; gives (3,h,w) float32
-    normalised with ImageNet's mean and deviation, and (h,w) uint8. What the crop adds beyond the
-    image (padding) is 255 in the labels.
+    Called as `transform(image (3,H,W) uint8, labels (H,W) uint8, generator)`; gives (3,h,w) uint8,
+    to be normalised where it is used (a quarter of the bytes travel), and (h,w) uint8. What the crop
+    adds beyond the image (padding) is ImageNet's mean colour, and 255 in the labels.
     """
 
     size: tuple[int, int] | None = None  # (H, W) to resize to; None keeps the file's size
@@ -560,7 +562,7 @@ class JointTransform:
         if self.scale != (1.0, 1.0):
             factor = self._draw_scale(generator)
             height, width = max(1, round(height * factor)), max(1, round(width * factor))
-        image = normalise(resize_image(image, (height, width)))
+        image = resize_image(image, (height, width))
         labels = resize_labels(labels, (height, width), self.keep_labels)
         if self.crop:
             image, labels = self._crop(image, labels, generator)
@@ -581,10 +583,11 @@ class JointTransform:
         height, width = (
             max(0, crop - have) for crop, have in zip(self.crop, labels.shape, strict=True)
         )
-        if height or width:  # 0 is the mean colour: the image is normalised already
+        if height or width:
             top, left = (height // 2, width // 2) if self.centred else (0, 0)
             sides = (left, width - left, top, height - top)
-            image = torch.nn.functional.pad(image, sides)
+            planes = zip(image, MEAN_COLOUR, strict=True)
+            image = torch.stack([torch.nn.functional.pad(x, sides, value=v) for x, v in planes])
             labels = torch.nn.functional.pad(labels, sides, value=IGNORE)
         place = None
         if self.crop_at:
@@ -598,7 +601,17 @@ class JointTransform:
 
 def normalise(image: torch.Tensor) -> torch.Tensor:
     """(..., 3,H,W) uint8 RGB to float32 with ImageNet's mean and standard deviation."""
-    return F.normalize(F.to_dtype(image, torch.float32, scale=True), IMAGENET_MEAN, IMAGENET_STD)
+    mean, deviation = imagenet_colours(image.device)
+    return F.to_dtype(image, torch.float32, scale=True).sub_(mean).div_(deviation)
+
+
+@cache
+def imagenet_colours(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """ImageNet's mean and standard deviation of RGB in 0..1, (3,1,1) each: sent to the device once,
+    not at every step, which would wait for it."""
+    return tuple(
+        torch.tensor(x, device=device)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD)
+    )
 
 
 class EachImage(Dataset):

@@ -52,6 +52,7 @@ import re
 import struct
 import zipfile
 import zlib
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -59,6 +60,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.mobilenetv2 import InvertedResidual
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 from alda import InputError
@@ -404,6 +408,41 @@ class DeepLabV3Plus(nn.Module):
         # detail 5
         features = torch.cat((detail, context) if self.dense else (context, detail), dim=1)
         return _outputs(self, features, middle, extras)
+
+
+def checkpoint_blocks(model):
+    """Activation checkpointing: every block of the backbone keeps its input alone and is computed
+    again for its gradient. Memory for time; the results are the same bits.
+
+    The second pass must not move the running statistics of live batch norm again: its momentum is 0
+    meanwhile."""
+    blocks = [
+        m
+        for m in model.backbone.modules()
+        if isinstance(m, (BasicBlock, Bottleneck, InvertedResidual))
+    ]
+    for block in blocks:
+        norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        contexts = partial(_contexts, norms)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+
+
+def _contexts(norms):
+    """What the first and the second pass of a checkpointed block run in."""
+    return nullcontext(), _still(norms)
+
+
+@contextmanager
+def _still(norms):
+    """Inside, the running statistics of these batch norms do not move."""
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, before, strict=True):
+            norm.momentum = momentum
 
 
 def _add_extras(model, features, num_classes, representation, auxiliary, norm):

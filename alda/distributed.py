@@ -3,8 +3,12 @@
     torchrun --nproc_per_node 4 -m alda.loop --strategy stal ...
     rank, world = rank_and_world()                  # (0, 1) without torchrun
 
-Without torchrun every function here returns its input or does nothing. All but `rank_and_world` are
-collective: every process has to call them, in the same order.
+Without torchrun every function here returns its input or does nothing. All but `rank_and_world`,
+`share` and `say` are collective: every process has to call them, in the same order.
+
+What the processes share: --batch is the whole step's, each process gets batch / processes of its
+samples, and a loss is the mean over the pixels of all of them (`mean_count`). A pass over images is
+split by `share`, its results come together on the first process, which alone writes.
 """
 
 import os
@@ -87,6 +91,25 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
 
+def say(text: str) -> None:
+    """Prints a line, once for all processes."""
+    if rank_and_world()[0] == 0:
+        print(text, flush=True)
+
+
+def share(indices) -> list:
+    """This process's part of a list: every `world`-th from its own rank on."""
+    rank, world = rank_and_world()
+    return list(indices)[rank::world]
+
+
+def first_says(answer: bool) -> bool:
+    """The first process's answer to a question of all: whether a file is there, say, which the others
+    may see later on a shared file system."""
+    rank, _ = rank_and_world()
+    return all_reduce_number(int(answer) if rank == 0 else 0) > 0
+
+
 def barrier() -> None:
     """Waits until every process is here."""
     if rank_and_world()[1] > 1:
@@ -108,6 +131,24 @@ def all_reduce_number(number: int) -> int:
     return int(all_reduce(torch.tensor(number, dtype=torch.int64, device=device)))
 
 
+def mean_count(chosen: torch.Tensor) -> torch.Tensor:
+    """How many of `chosen` (bool) are True, at least 1: 0-dim. Under torchrun the mean over the
+    processes.
+
+    A sum over this process's pixels divided by it, with gradients averaged over the processes, has
+    the gradient of the mean over all pixels of all processes. Waits for no device.
+    """
+    world = rank_and_world()[1]
+    count = chosen.sum()
+    return count.clamp(min=1) if world == 1 else all_reduce(count).clamp(min=1) / world
+
+
+def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """The mean of the processes' `values`, a tensor of its own; `values` in one process."""
+    world = rank_and_world()[1]
+    return values if world == 1 else all_reduce(values.clone()) / world
+
+
 def all_gather(values: torch.Tensor) -> list[torch.Tensor]:
     """The same-shaped tensors of all processes in the order of ranks; [values] in one process."""
     world = rank_and_world()[1]
@@ -126,6 +167,16 @@ def all_gather_list(items: list) -> list:
     parts = [None] * world
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+def gather_list(items: list) -> list:
+    """On the first process the items of all, in the order of ranks; nothing on the others."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return items
+    parts = [None] * world if rank == 0 else None
+    dist.gather_object(items, parts)
+    return [item for part in parts for item in part] if rank == 0 else []
 
 
 def broadcast_buffers(model: torch.nn.Module) -> None:

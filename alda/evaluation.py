@@ -27,13 +27,16 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch.utils.data import Subset
 
 from alda import IGNORE, InputError, deeplab
 from alda.datasets import (
     CLASS_SETS,
     NAMES,
     NUM_CLASSES,
+    EachImage,
     SegmentationDataset,
+    load,
     normalise,
     open_dataset,
     parse_size,
@@ -41,7 +44,7 @@ from alda.datasets import (
     resize_image,
     to_label_ids,
 )
-from alda.distributed import all_reduce, rank_and_world
+from alda.distributed import all_reduce, broadcast_buffers, share
 from alda.pictures import new_figure
 
 # ------------------------------------------------------------------------------------------ measure
@@ -181,27 +184,46 @@ def protocol_named(
     return replace(protocol, window=window) if window and protocol.window else protocol
 
 
-def network_logits(model, image: torch.Tensor, size, device, mirror: bool = False) -> torch.Tensor:
-    """Logits (C,H,W) float32 of one image (3,H,W) uint8 at its own size; the network sees it at
-    `size` (H, W). With `mirror` it sees the mirror image, and its logits are mirrored back."""
-    x = normalise(resize_image(image, size).to(device))[None]
+def network_logits(model, images: torch.Tensor, size, device, mirror=False) -> torch.Tensor:
+    """Logits (N,C,H,W) float32 of images (N,3,H,W) uint8 at their own size; the network sees them at
+    `size` (H, W). With `mirror` it sees mirror images, and the logits are mirrored back."""
+    x = normalise(resize_image(images, size).to(device))
     logits = model(x.flip(-1) if mirror else x)
-    logits = deeplab.upsample(logits.float(), image.shape[-2:])[0]
+    logits = deeplab.upsample(logits.float(), images.shape[-2:])
     return logits.flip(-1) if mirror else logits
 
 
-@torch.no_grad()
-def predict_prob(model, image: torch.Tensor, protocol: Protocol, device) -> torch.Tensor:
-    """Class probabilities of one image (3,H,W) uint8 at its own size: (C,H,W) float32 on `device`;
-    model in eval mode. Raises InputError where one is not finite: that is never a score."""
-    size = protocol.size or tuple(image.shape[-2:])
+def same_sized(pairs, device: torch.device):
+    """Yields (indices, images (N,3,H,W)) of (index, image (3,H,W)) pairs in their order: up to 4 of
+    one size together for a GPU, one by one on a CPU, which gains nothing by more."""
+    several, most = [], TOGETHER[device.type]
+    for pair in pairs:
+        if several and (len(several) == most or pair[1].shape != several[0][1].shape):
+            yield [index for index, _ in several], torch.stack([image for _, image in several])
+            several = []
+        several.append(pair)
+    if several:
+        yield [index for index, _ in several], torch.stack([image for _, image in several])
+
+
+TOGETHER = {"cpu": 1, "cuda": 4, "mps": 4}  # images that pass together where nothing is trained
+
+
+@torch.inference_mode()
+def predict_prob(model, images: torch.Tensor, protocol: Protocol, device) -> torch.Tensor:
+    """Class probabilities of images (N,3,H,W) uint8 at their own size: (N,C,H,W) float32 on `device`;
+    of one image (3,H,W): (C,H,W). Model in eval mode. Raises InputError where one is not finite: that
+    is never a score."""
+    if images.dim() == 3:
+        return predict_prob(model, images[None], protocol, device)[0]
+    size = protocol.size or tuple(images.shape[-2:])
     if protocol.window:
-        x = normalise(resize_image(image, size).to(device))[None]
-        prob = _sliding(model, x, protocol)[0].softmax(0)
+        x = normalise(resize_image(images, size).to(device))
+        prob = _sliding(model, x, protocol).softmax(1)
     else:
-        prob = network_logits(model, image, size, device).softmax(0)
+        prob = network_logits(model, images, size, device).softmax(1)
     if protocol.flip:
-        prob = (prob + network_logits(model, image, size, device, mirror=True).softmax(0)) / 2
+        prob = (prob + network_logits(model, images, size, device, mirror=True).softmax(1)) / 2
     if not prob.isfinite().all():
         raise InputError(
             "the network's output is not finite: its weights are lost, nothing is scored"
@@ -210,7 +232,7 @@ def predict_prob(model, image: torch.Tensor, protocol: Protocol, device) -> torc
 
 
 def _sliding(model, x: torch.Tensor, protocol: Protocol) -> torch.Tensor:
-    """Logits averaged over windows that overlap, as STAL's evaluation: x (1,3,H,W) -> (1,C,H,W).
+    """Logits averaged over windows that overlap, as STAL's evaluation: x (N,3,H,W) -> (N,C,H,W).
 
     The last window of a row or column ends at the border; an image smaller than the window is padded
     on all sides with 0, the mean colour.
@@ -226,7 +248,7 @@ def _sliding(model, x: torch.Tensor, protocol: Protocol) -> torch.Tensor:
             place = (..., slice(row, row + window), slice(column, column + window))
             logits = deeplab.upsample(model(x[place]).float(), (window, window))
             if isinstance(total, int):
-                total = torch.zeros(1, logits.shape[1], *x.shape[-2:], device=x.device)
+                total = torch.zeros(*logits.shape[:2], *x.shape[-2:], device=x.device)
             total[place] += logits
             hits[place] += 1
     return (total / hits)[..., top : top + height, left : left + width]
@@ -238,9 +260,9 @@ def _starts(length: int, window: int, stride: float) -> list[int]:
     return [*range(0, last, step), last]
 
 
-def evaluate(model, dataset: SegmentationDataset, protocol: Protocol, device) -> dict:
-    """Scores `model` on every image of `dataset` under `protocol`: a `summary` with "protocol" and
-    "images" added.
+def evaluate(model, dataset: SegmentationDataset, protocol: Protocol, device, workers=0) -> dict:
+    """Scores `model` on every image of `dataset`, read by `workers` processes, under `protocol`: a
+    `summary` with "protocol" and "images" added.
 
     Under torchrun a collective: each process scores its share of the images, all get the result.
     Raises InputError where no pixel of the truth has a class.
@@ -248,10 +270,13 @@ def evaluate(model, dataset: SegmentationDataset, protocol: Protocol, device) ->
     training = model.training
     model.eval()
     matrix = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64, device=device)
-    rank, world = rank_and_world()
-    for index in range(rank, len(dataset), world):
-        prediction = predict_prob(model, dataset.image(index), protocol, device).argmax(0)
-        matrix += confusion_matrix(prediction, dataset.labels(index).to(device))
+    broadcast_buffers(model)
+    own = share(range(len(dataset)))
+    images = load(Subset(EachImage(len(dataset), dataset.image), own), workers, batch_size=None)
+    for indices, batch in same_sized(zip(own, images, strict=True), torch.device(device)):
+        prediction = predict_prob(model, batch, protocol, device).argmax(1)
+        for index, one in zip(indices, prediction, strict=True):
+            matrix += confusion_matrix(one, dataset.labels(index).to(device))
     model.train(training)
     if not all_reduce(matrix).any():
         raise InputError(

@@ -59,7 +59,7 @@ from alda.datasets import (
     truth_inside,
     write_atomic,
 )
-from alda.distributed import barrier, join, leave, rank_and_world, world_size
+from alda.distributed import barrier, first_says, join, leave, rank_and_world, say
 from alda.evaluation import describe, evaluate, pick_device, protocol_of
 from alda.losses import (
     contrastive,
@@ -159,11 +159,11 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
     for step in range(start, s.steps):
         number, guess = bisect_right(schedule, step), bisect_right(guesses, step)
         bought = partial(bought_labels, target, rounds, number)
-        if step in schedule and rounds.complete() < number:
+        if step in schedule and first_says(rounds.complete() < number):
             note_before(s, run, run.model, validation, step)
             run.save(step)
             ask_pixels(s, run, target, rounds, number)
-        if step in guesses and pseudo.complete() < guess:
+        if step in guesses and first_says(pseudo.complete() < guess):
             run.save(step)
             label_target(s, run, target, pseudo, guess, s.pseudo, prior, bought)
         if target is not None and step in (start, *schedule, *guesses):  # labels have changed
@@ -174,30 +174,29 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
             target_batches = batches(s, target, step, stream=2, labels_of=known)
 
         run.set_rate(poly(step, poly_length(s)))
-        source_batch, target_batch = (
-            next_batch(source_batches, device),
-            next_batch(target_batches, device),
-        )
-        with run.autocast():
-            source_logits, target_logits = forward_both(run.model, source_batch, target_batch)
-        L = losses_of_queries(s, source_batch, source_logits, target_batch, target_logits)
-        # RIPU Eq. (9): L = L_CE(source) + L_CE(target) + alpha_1 L_cr(source) + alpha_2
-        # L_nl(target)
-        total = (
-            L["source"]
-            + L["target"]
-            + s.consistency * L["consistency"]
-            + s.negative * L["negative"]
-        )
-        total = total + s.pseudo_weight * L["pseudo"]  # --pseudo: ours, in no paper
+        whole, losses = [next_batch(x, device) for x in (source_batches, target_batches)], []
         run.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        for source_batch, target_batch in run.micro_batches(*whole):
+            with run.autocast():
+                source_logits, target_logits = forward_both(run.forward, source_batch, target_batch)
+            L = losses_of_queries(s, source_batch, source_logits, target_batch, target_logits)
+            # RIPU Eq. (9): L = L_CE(source) + L_CE(target) + alpha_1 L_cr(source) + alpha_2
+            # L_nl(target)
+            total = (
+                L["source"]
+                + L["target"]
+                + s.consistency * L["consistency"]
+                + s.negative * L["negative"]
+            )
+            total = total + s.pseudo_weight * L["pseudo"]  # --pseudo: ours, in no paper
+            (total / s.accumulate).backward()
+            losses.append(L)
         run.optimizer.step()
-        run.log(step + 1, L)
+        run.log(step + 1, *losses)
         evaluate_and_save(s, run, validation, step + 1)
 
     result = {
-        **evaluate(run.model, validation, protocol_of(s), device),
+        **evaluate(run.model, validation, protocol_of(s), device, s.workers),
         **report(s, source, target, rounds, run=run),
         **({"cbda": s.cbda} if s.strategy == "cbda" else {}),
         **({"pseudo": s.pseudo, "pseudo_rounds": records_of(pseudo)} if guesses else {}),
@@ -275,7 +274,7 @@ def train_cbst(s: Settings, out: Path, device: torch.device) -> dict:
     for step in range(start, s.steps):
         number = bisect_right(starts, step)
         local = step - starts[number - 1]
-        if local == 0 and rounds.complete() < number:
+        if local == 0 and first_says(rounds.complete() < number):
             note_before(s, run, run.model, validation, step)
             run.save(step)
             if s.strategy == "cbst-sp":
@@ -285,21 +284,24 @@ def train_cbst(s: Settings, out: Path, device: torch.device) -> dict:
             iterator = round_batches(s, source, target, rounds, number, chosen[number - 1], local)
 
         run.set_rate(cbst_learning_rate(1.0, number - 1))
-        images, labels, _ = next_batch(iterator, device)
-        with run.autocast():
-            logits = run.model(images)
-        logits = deeplab.upsample(logits.float(), labels.shape[-2:])
-        # CBST, objective: the weights minimise -log p of the source labels and of the pseudo-labels
-        loss = cross_entropy(logits, labels)
+        losses, batch = [], next_batch(iterator, device)
         run.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        for ((images, labels, _),) in run.micro_batches(batch):
+            with run.autocast():
+                logits = run.forward(images)
+            logits = deeplab.upsample(logits.float(), labels.shape[-2:])
+            # CBST, objective: the weights minimise -log p of the source labels and of the
+            # pseudo-labels
+            loss = cross_entropy(logits, labels)
+            (loss / s.accumulate).backward()
+            losses.append({"cross_entropy": loss})
         run.optimizer.step()
-        run.log(step + 1, {"cross_entropy": loss})
+        run.log(step + 1, *losses)
         evaluate_and_save(s, run, validation, step + 1)
 
     nothing_asked = Rounds(out / "rounds")
     result = {
-        **evaluate(run.model, validation, protocol_of(s), device),
+        **evaluate(run.model, validation, protocol_of(s), device, s.workers),
         **report(s, source, target, nothing_asked, chosen[-1], run),
         "pseudo_rounds": records_of(rounds),
     }
@@ -352,8 +354,7 @@ def round_starts(s: Settings, images: list[int]) -> list[int]:
         if s.steps < len(images):
             raise InputError(f"--steps {s.steps} is too short for --rounds {len(images)}")
         return [s.steps * number // len(images) for number in range(len(images) + 1)]
-    a_step = s.batch * rank_and_world()[1]
-    return [0, *np.cumsum([-(-s.epochs * n // a_step) for n in images]).tolist()]
+    return [0, *np.cumsum([-(-s.epochs * n // s.batch) for n in images]).tolist()]
 
 
 def train_source(s: Settings, out: Path, device: torch.device) -> Settings:
@@ -373,12 +374,17 @@ def train_source(s: Settings, out: Path, device: torch.device) -> Settings:
         **{name: getattr(default, name) for name in kept},
     )
     last, written = out / "source/checkpoints/last.pt", out / "source/result.json"
-    if not written.is_file():
-        print(f"source-only: {own.steps} steps in {out / 'source'}", flush=True)
-        result = train_queries(own, prepare(own), device)
-        result = {"strategy": "source-only", "toy": s.root == "toy", **result}
-        write_atomic(written, json.dumps(result, indent=1))
-        print(f"source-only: mIoU19 {100 * result['mIoU19']:.2f}", flush=True)
+    if first_says(not written.is_file()):
+        say(f"source-only: {own.steps} steps in {out / 'source'}")
+        first = rank_and_world()[0] == 0
+        if first:
+            prepare(own)
+        result = train_queries(own, run_folder(own), device)
+        if first:
+            result = {"strategy": "source-only", "toy": s.root == "toy", **result}
+            write_atomic(written, json.dumps(result, indent=1))
+        say(f"source-only: mIoU19 {100 * result['mIoU19']:.2f}")
+        barrier()
     batch_norm = deeplab.read(last)["network"]["batch_norm"]
     return replace(s, init=str(last), batch_norm=batch_norm)
 
@@ -461,7 +467,7 @@ def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
         total.backward()
         run.optimizer.step()
         update_teacher(state.teacher, run.model, local, s.ema)
-        run.log(step + 1, {**L, **health}, state.for_the_log)
+        run.log(step + 1, {**L, **health}, more=state.for_the_log)
         if step + 1 == starts[number]:
             run.scores.append(score_loop(s, run, state.teacher, target, rounds, validation, number))
             run.write_metrics({"step": step + 1, **run.scores[-1]})
@@ -565,7 +571,7 @@ def evaluate_and_save(s: Settings, run: Run, validation, step: int) -> None:
     """The end of a step: a score in the log every --eval-every steps, a checkpoint every
     --checkpoint-every steps, and the end of the run where a signal asks for it."""
     if s.eval_every and step % s.eval_every == 0:
-        scores = evaluate(run.model, validation, protocol_of(s), run.device)
+        scores = evaluate(run.model, validation, protocol_of(s), run.device, s.workers)
         run.write_metrics({"step": step, **scores})
     if step % s.checkpoint_every == 0 or step == s.steps:
         run.save(step)
@@ -606,7 +612,7 @@ def report(s: Settings, source, target, rounds: Rounds, source_images=None, run=
 def note_before(s: Settings, run: Run, model, validation, step: int) -> None:
     """Scores the network before the first round, once in a run: what the labels are to be measured by."""
     if run.before is None:
-        scores = evaluate(model, validation, protocol_of(s), run.device)
+        scores = evaluate(model, validation, protocol_of(s), run.device, s.workers)
         run.before = {"step": step, **{f"mIoU{n}": scores[f"mIoU{n}"] for n in CLASS_SETS}}
 
 
@@ -652,10 +658,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with ExitStack() as held:
             s = parse(argv)
-            if world_size() > 1 and s.strategy != "stal":
-                raise InputError(
-                    f"--strategy {s.strategy} runs in one process: start it without torchrun"
-                )
             device = join(pick_device(s.device))
             if s.threads:
                 torch.set_num_threads(s.threads)

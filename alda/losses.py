@@ -9,7 +9,9 @@ whose contrastive loss is that of U2PL, Wang et al., arXiv 2203.03884.
 Axes: N images, C classes, H rows, W columns; in the contrastive part h, w the features' size, P =
 N*h*w pixels, K features, A anchors, M negatives. Logits (N,C,H,W) float, labels (N,H,W) integer
 train ids with 255 = ignore. Every loss is a scalar; a loss over an empty set of pixels is 0 with
-zero gradient, never NaN.
+zero gradient, never NaN. Under torch.distributed a mean is over the pixels of all processes
+(distributed.mean_count): each process gets its part of it, times the number of processes, for
+averaged gradients. What ranks pixels (OHEM's threshold, the contrastive draws) ranks its own.
 
 Differences from papers and official code:
 
@@ -34,7 +36,7 @@ import torch
 import torch.nn.functional as F
 
 from alda import IGNORE
-from alda.distributed import all_gather
+from alda.distributed import all_gather, mean_count, mean_over_processes
 
 
 def check_batch(logits: torch.Tensor, labels: torch.Tensor) -> None:
@@ -55,7 +57,7 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     check_batch(logits, labels)
     # RIPU Eq. (6): L_CE = -1 / n sum_i log p_i[y_i] over the n labelled pixels
     total = F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="sum")
-    return total / (labels != IGNORE).sum().clamp(min=1)
+    return total / mean_count(labels != IGNORE)
 
 
 def local_consistency(
@@ -82,7 +84,7 @@ def local_consistency(
     if not boundary_only:
         return gap.mean()
     mask = label_boundary(labels)
-    return (gap * mask).sum() / mask.sum().clamp(min=1)
+    return (gap * mask).sum() / mean_count(mask)
 
 
 def label_boundary(labels: torch.Tensor) -> torch.Tensor:
@@ -107,7 +109,7 @@ def negative_learning(prob: torch.Tensor, threshold: float = 0.05) -> torch.Tens
     unlikely = prob.detach() < threshold
     # RIPU Eq. (8): -1 / n sum_{i,c} 1[p_ic < tau] log(1 - p_ic)
     each = -torch.log1p(-prob.float().clamp(max=threshold)) * unlikely
-    return each.sum() / unlikely.sum().clamp(min=1)
+    return each.sum() / mean_count(unlikely)
 
 
 # --------------------------------------------------------------------------------------------- STAL
@@ -137,7 +139,7 @@ def ohem_cross_entropy(
     else:
         kept = (prob <= threshold) & labelled
     # STAL Eq. (2): L_s, the mean of -log p_i[y_i], here over the hard pixels
-    return (loss * kept).sum() / kept.sum().clamp(min=1)
+    return (loss * kept).sum() / mean_count(kept)
 
 
 def weighted_consistency(
@@ -160,7 +162,8 @@ def weighted_consistency(
     counts = labels != IGNORE if keep is None else (labels != IGNORE) & keep
     weight = confidence.detach().float() ** gamma * counts  # w_i, 0 where pixel i does not count
     # STAL Eq. (3): L_u = sum_i w_i CE_i / sum_i w_i
-    return (loss * weight).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
+    whole = mean_over_processes(weight.sum())
+    return (loss * weight).sum() / whole.clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 class MemoryBank:

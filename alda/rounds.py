@@ -23,6 +23,9 @@ Differences from papers and official code:
 
 import math
 import time
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,8 +35,18 @@ from torch.utils.data import Subset
 from alda import IGNORE, InputError, acquisition
 from alda.annotation import Rounds, begin_folder, complete_folder, ground_truth, ledger, write_map
 from alda.datasets import NAMES, NUM_CLASSES, EachImage, SegmentationDataset, load, mix_seed
-from alda.distributed import all_reduce, barrier, broadcast_buffers, rank_and_world
-from alda.evaluation import network_logits
+from alda.distributed import (
+    all_reduce,
+    all_reduce_number,
+    barrier,
+    broadcast_buffers,
+    first_says,
+    gather_list,
+    rank_and_world,
+    say,
+    share,
+)
+from alda.evaluation import network_logits, same_sized
 from alda.pictures import class_picture, save_round, save_sheet
 from alda.run import Run, check_folder
 from alda.selftraining import (
@@ -44,6 +57,8 @@ from alda.selftraining import (
     target_portion,
 )
 from alda.settings import Settings
+
+CHUNK = 16  # label maps that a process holds before they are written
 
 # ------------------------------------------------------------------------------- when, and how many
 
@@ -140,47 +155,51 @@ def check_budget(s: Settings, target: SegmentationDataset) -> None:
 # -------------------------------------------------------------------- the network on the target set
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def over_target(s: Settings, run: Run, target, see, model=None, indices=None, lost=""):
-    """Yields (index, image (3,H,W) uint8, see(s, model, image, device) (C,H,W) float32 at the image's
+    """Yields (index, image (3,H,W) uint8, see(s, model, images, device) (C,H,W) float32 at the image's
     full size), the model in eval mode: `see` is `logits_of` or `mirrored_probabilities`.
 
-    `model` is the run's unless given (a teacher), `indices` all images unless given. Raises
-    FloatingPointError where a value is not finite; `lost` is added to the message.
+    `model` is the run's unless given (a teacher), `indices` all images unless given. Images of one
+    size pass together, a few at a time. Raises FloatingPointError where a value is not finite; `lost`
+    is added to the message.
     """
     model = run.model if model is None else model
     indices = range(len(target)) if indices is None else indices
     training = model.training
     model.eval()
     images = load(Subset(EachImage(len(target), target.image), indices), s.workers, batch_size=None)
-    for index, image in zip(indices, images, strict=True):
-        with run.autocast():
-            seen = see(s, model, image, run.device)
-        if not seen.isfinite().all():
-            raise FloatingPointError(
-                f"{target.samples[index].image}: the network's output is not finite{lost}; "
-                "try a lower --lr"
-            )
-        yield index, image, seen
-    model.train(training)
+    try:
+        for several, batch in same_sized(zip(indices, images, strict=True), run.device):
+            with run.autocast():
+                seen = see(s, model, batch, run.device)
+            for index, image, one in zip(several, batch, seen, strict=True):
+                if not one.isfinite().all():
+                    raise FloatingPointError(
+                        f"{target.samples[index].image}: the network's output is not finite{lost}; "
+                        "try a lower --lr"
+                    )
+                yield index, image, one
+    finally:
+        model.train(training)
 
 
-def logits_of(s: Settings, model, image: torch.Tensor, device) -> torch.Tensor:
-    """The network's logits (C,H,W) for an image that it sees at --target-size."""
-    return network_logits(model, image, s.target_hw, device)
+def logits_of(s: Settings, model, images: torch.Tensor, device) -> torch.Tensor:
+    """The network's logits (N,C,H,W) for images that it sees at --target-size."""
+    return network_logits(model, images, s.target_hw, device)
 
 
-def mirrored_probabilities(s: Settings, model, image: torch.Tensor, device) -> torch.Tensor:
-    """Probabilities (C,H,W) for pseudo-labels, at --label-scale of --target-size; with --label-flip
+def mirrored_probabilities(s: Settings, model, images: torch.Tensor, device) -> torch.Tensor:
+    """Probabilities (N,C,H,W) for pseudo-labels, at --label-scale of --target-size; with --label-flip
     the mean of the image's and its mirror image's. CRST's official script: 0.9, with the mirror.
 
     Softmax in float32: in bfloat16 a sure pixel saturates at 1, where CBST's strict rule labels
     nothing.
     """
     size = tuple(max(1, round(length * s.label_scale)) for length in s.target_hw)
-    prob = network_logits(model, image, size, device).softmax(0)
+    prob = network_logits(model, images, size, device).softmax(1)
     if s.label_flip:
-        prob = (prob + network_logits(model, image, size, device, mirror=True).softmax(0)) / 2
+        prob = (prob + network_logits(model, images, size, device, mirror=True).softmax(1)) / 2
     return prob
 
 
@@ -189,13 +208,23 @@ def mirrored_probabilities(s: Settings, model, image: torch.Tensor, device) -> t
 
 def ask_pixels(s: Settings, run: Run, target: SegmentationDataset, rounds: Rounds, number: int):
     """Query round `number` over the whole target set: score and select, ask the oracle, store,
-    draw, report."""
+    draw, report. Under torchrun each process scores its share of the images, the first asks."""
     began = time.time()
     records = [rounds.record(earlier + 1) for earlier in range(number - 1)]
-    print(f"round {number}/{s.rounds}: scoring {len(target)} images", flush=True)
-    centres, shown, notes = choose(s, run, target, rounds, number, records)
+    say(f"round {number}/{s.rounds}: scoring {len(target)} images")
+    centres, factors, shown, notes = choose(s, run, target, rounds, number, records)
+    if rank_and_world()[0] == 0:
+        store_picks(s, run, target, rounds, number, (centres, factors), shown, notes)
+        report_picks(s, rounds, number, notes, time.time() - began)
+    barrier()
+
+
+def store_picks(s: Settings, run: Run, target, rounds: Rounds, number: int, chosen, shown, notes):
+    """Asks the oracle for what `choose` has chosen and stores it as round `number`; draws some."""
+    centres, factors = chosen
     paint_radius = 0 if s.unit == "pixel" else s.radius
     folder = run.out / "pictures" / f"round-{number:02d}"
+    records = [rounds.record(earlier + 1) for earlier in range(number - 1)]
     with rounds.new(number) as new:
         for index, sample in enumerate(target.samples):
             before = rounds.asked(sample.id, sample.size, number - 1)
@@ -203,6 +232,10 @@ def ask_pixels(s: Settings, run: Run, target: SegmentationDataset, rounds: Round
             oracle = ground_truth(target, index)
             picks = len(centres[index])
             answers = new.add(sample.id, asked, oracle, picks, s.target_hw, s.keep_labels)
+            if picks:
+                write_factors(
+                    new.work / "picks" / f"{sample.id}.csv", centres[index], factors[index]
+                )
             if index in shown:
                 known = rounds.labels(sample.id, sample.size, number - 1)
                 panels = {
@@ -213,15 +246,29 @@ def ask_pixels(s: Settings, run: Run, target: SegmentationDataset, rounds: Round
                 save_round(panels, asked, before, folder / f"{sample.id}.png")
                 write_map(folder / f"{sample.id}_prediction.png", panels["prediction"])
         new.notes = notes
-    record = rounds.record(number)
-    labelled = ledger([*records, record])["classes"]
+    labelled = ledger([*records, rounds.record(number)])["classes"]
     class_picture(labelled, folder / "classes.png", balanced="class_weights" in notes)
+
+
+def write_factors(path: Path, centres: torch.Tensor, factors: torch.Tensor) -> None:
+    """Why these places: rounds/NN/picks/IMAGE.csv, a line each pick, the first picked first."""
+    path.parent.mkdir(exist_ok=True)
+    lines = ["row,column,score,impurity,uncertainty,predicted"]
+    for (row, column), values in zip(centres.tolist(), factors.tolist(), strict=True):
+        score, impurity, uncertainty, c = values
+        lines.append(f"{row},{column},{score:.6g},{impurity:.6g},{uncertainty:.6g},{NAMES[int(c)]}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def report_picks(s: Settings, rounds: Rounds, number: int, notes: dict, seconds: float) -> None:
+    """Prints what round `number` asked and got."""
+    record = rounds.record(number)
     print(
         f"round {number}/{s.rounds}: asked {record['asked']:,} px ({record['regions']:,} of "
         f"{notes['picks_due']:,} picks due, {len(record['images'])} images), labelled "
         f"{record['labelled']:,}, ignored by the truth {record['ignored']:,}, "
         f"left at {s.target_size} {record['trained']:,}; {notes['share_of_score_0']:.0%} of the picks "
-        f"have score 0 ({time.time() - began:.0f} s)",
+        f"have score 0 ({seconds:.0f} s)",
         flush=True,
     )
     if notes["share_of_score_0"] > 0.5:
@@ -232,10 +279,11 @@ def ask_pixels(s: Settings, run: Run, target: SegmentationDataset, rounds: Round
         )
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def choose(s: Settings, run: Run, target, rounds: Rounds, number: int, records: list[dict]):
-    """Which centres round `number` asks: (centres (n,2) int64 of every image, panels of the images
-    drawn, notes).
+    """Which centres round `number` asks: (centres (n,2) int64 of every image; score, impurity,
+    uncertainty and predicted class (n,4) of each; panels of the images drawn; notes), the first
+    three by image on the first process.
 
     RIPU: each image has its own budget. CBDA `dynamic`: one budget over all images; `balance`:
     scores are weighted by what the classes have consumed so far. Scores are taken on the logits at
@@ -255,10 +303,11 @@ def choose(s: Settings, run: Run, target, rounds: Rounds, number: int, records: 
     count = regions_due(whole, s, sum(record["asked"] for record in records))  # over all images
     pool = acquisition.GlobalBudget(count)
     block_radius = s.radius if s.unit == "pixel" else 2 * s.radius
-    centres, scores, shown = {}, {}, {}
+    centres, factors, shown, picks_due = {}, {}, {}, 0
     every = math.ceil(len(target) / max(1, s.pictures))
-    notes["picks_due"] = count if dynamic else 0
-    for index, image, logits in over_target(s, run, target, logits_of, lost="; nothing was asked"):
+    broadcast_buffers(run.model)
+    own, lost = share(range(len(target))), "; nothing was asked"
+    for index, image, logits in over_target(s, run, target, logits_of, indices=own, lost=lost):
         sample, prediction = target.samples[index], logits.argmax(0)
         seed = mix_seed(s.seed, 3, number, index)
         score = acquisition.SCORES[s.strategy](logits, s.radius, s.unit, seed)
@@ -271,23 +320,32 @@ def choose(s: Settings, run: Run, target, rounds: Rounds, number: int, records: 
         due = count
         if not dynamic:
             due = regions_due(budget_pixels(s, [sample.size]), s, int(before.sum()))
-            notes["picks_due"] += due
+            picks_due += due
         free = score.masked_fill(score < pool.floor, -math.inf)  # CBDA: what can still win
         ties = tie_breaks(s, logits, number, index)
         picked = acquisition.select_regions(free, due, block_radius, blocked, ties)
-        centres[index], scores[index] = picked.cpu(), score[picked[:, 0], picked[:, 1]].cpu()
+        values = score[picked[:, 0], picked[:, 1]]
+        why = acquisition.factors_at(logits, picked, s.radius, s.unit)
+        centres[index], factors[index] = picked.cpu(), torch.stack([values, *why], 1).cpu()
         if dynamic:
-            pool.add(index, centres.pop(index), scores.pop(index))
+            pool.add(index, centres.pop(index), values)
+            factors = {i: rows[: len(pool.images[i][0])] for i, rows in factors.items()}
         if s.pictures and index % every == 0:
             panels = {"prediction": prediction.to(torch.uint8).cpu(), "score": score.cpu()}
             shown[index] = {"image": image, **panels}
     if dynamic:
-        centres, scores = pool.select(), pool.scores()
+        centres = pool.select()
+        factors = {index: factors[index][: len(picked)] for index, picked in centres.items()}
         notes["threshold"] = pool.threshold
+    notes["picks_due"] = count if dynamic else all_reduce_number(picks_due)
     nothing = torch.empty(0, 2, dtype=torch.int64)
-    picks = torch.cat([torch.empty(0), *scores.values()])
-    notes["share_of_score_0"] = (picks == 0).double().mean().item() if len(picks) else 0.0
-    return [centres.get(index, nothing) for index in range(len(target))], shown, notes
+    chosen = gather_list([(index, centres[index], factors[index]) for index in centres])
+    centres = {index: picked for index, picked, _ in chosen}
+    centres = [centres.get(index, nothing) for index in range(len(target))]
+    factors = {index: rows for index, _, rows in chosen}
+    scores = torch.cat([torch.empty(0), *(rows[:, 0] for rows in factors.values())])
+    notes["share_of_score_0"] = (scores == 0).double().mean().item() if len(scores) else 0.0
+    return centres, factors, dict(gather_list([*shown.items()])), notes
 
 
 def tie_breaks(s: Settings, logits: torch.Tensor, number: int, index: int) -> torch.Tensor | None:
@@ -322,15 +380,12 @@ def ask_images(
     """
     began = time.time()
     check_folder(run.out)
-    due = rounds.complete() < number
-    barrier()  # every process has looked before the first one writes
-    if not due:
+    if not first_says(rounds.complete() < number):
         return
     taken = {image for n in range(1, number) for image in rounds.record(n)["images"]}
     left = [i for i, sample in enumerate(target.samples) if sample.id not in taken]
     if number > 1 and s.image_queries == "uncertainty":
-        if rank_and_world()[0] == 0:
-            print(f"round {number}/{s.rounds}: scoring {len(left)} images", flush=True)
+        say(f"round {number}/{s.rounds}: scoring {len(left)} images")
         score, shown = uncertainty_of_images(s, run, teacher, target, left)
     else:
         draws = np.random.default_rng(mix_seed(s.seed, 3, number)).random(len(left))
@@ -365,10 +420,9 @@ def uncertainty_of_images(s: Settings, run: Run, teacher, target, left: list[int
     uncertain ones).
 
     Collective under torchrun: each process scores its share."""
-    rank, world = rank_and_world()
     broadcast_buffers(teacher)
     score, shown = torch.zeros(len(target), dtype=torch.float64), {}
-    for index, image, logits in over_target(s, run, target, logits_of, teacher, left[rank::world]):
+    for index, image, logits in over_target(s, run, target, logits_of, teacher, share(left)):
         prob = logits.softmax(0)
         score[index] = acquisition.image_uncertainty(prob)
         panels = {
@@ -401,45 +455,57 @@ def most_uncertain(target, left: list[int], score: torch.Tensor, count: int):
 
 def label_target(
     s: Settings, run: Run, target, pseudo: Rounds, number: int, kind: str, prior=None, bought=None
-) -> dict:
-    """Pseudo-labels the whole target set with the present network and stores it as round `number`;
-    returns its record.
+) -> None:
+    """Pseudo-labels the whole target set with the present network and stores it as round `number`.
 
     `kind` is "st", "cbst" or "cbst-sp" (then with `prior`, see source_prior). Two passes over the
     images: the first ranks confidences in fixed memory, the second labels; no probability map is
-    kept. `bought(index)`, where given, are bought labels (H,W): pixels that have one get no
+    kept. Under torchrun each process passes its share of the images, the histograms are added up, the
+    first process writes. `bought(index)`, where given, are bought labels (H,W): pixels that have one get no
     pseudo-label. Coverage and accuracy in the record are measured against the target's labels; they
     are reported and used for nothing.
     """
     began = time.time()
-    print(f"pseudo-labels {number}: two passes over {len(target)} images", flush=True)
-    histogram = ConfidenceHistogram(NUM_CLASSES, run.device)
-    for _, _, prob in over_target(s, run, target, mirrored_probabilities):
+    say(f"pseudo-labels {number}: two passes over {len(target)} images")
+    broadcast_buffers(run.model)
+    own, histogram = share(range(len(target))), ConfidenceHistogram(NUM_CLASSES, run.device)
+    for _, _, prob in over_target(s, run, target, mirrored_probabilities, indices=own):
         histogram.add(prob, at_size(prior, prob))
+    histogram.add_up()
     portion = target_portion(number - 1, s.portion, s.portion_step, s.portion_max)
     thresholds = histogram.thresholds(portion, balanced=kind != "st")
-    work = begin_folder(pseudo.path(number), ("labels",))
+    first = rank_and_world()[0] == 0
+    if first:
+        work = begin_folder(pseudo.path(number), ("labels",))
     folder = run.out / "pictures" / f"pseudo-{number:02d}"
     total = dict.fromkeys(("labelled", "judged", "correct", "truth", "covered"), 0)
     every = -(-len(target) // max(1, s.pictures))
-    for index, image, prob in over_target(s, run, target, mirrored_probabilities):
-        sample = target.samples[index]
+
+    def label(index, image, prob):
         labels = cbst_pseudo_labels(prob, thresholds, at_size(prior, prob), s.rules).cpu()
         if bought is not None:
             labels = labels.masked_fill(bought(index) != IGNORE, IGNORE)
-        write_map(work / "labels" / f"{sample.id}.png", labels)
-        truth = target.labels(index)
-        counts = pseudo_label_statistics(labels, truth, NUM_CLASSES)
-        total = {name: total[name] + counts[name] for name in total}
+        panels = None
         if s.pictures and index % every == 0:
-            confidence, prediction = prob.max(0)
+            confidence, prediction = (x.cpu() for x in prob.max(0))
             panels = {"image": image, "prediction": prediction.to(torch.uint8)}
-            panels |= {"confidence": confidence, "pseudo-labels": labels, "truth": truth}
-            save_sheet(panels, folder / f"{sample.id}.png")
-    record = pseudo_record(kind, portion, thresholds, histogram.predicted, total)
-    complete_folder(work, pseudo.path(number), record)
-    report_pseudo(s, target, number, record, time.time() - began)
-    return record
+            panels |= {"confidence": confidence, "pseudo-labels": labels}
+        return index, labels, panels
+
+    with closing(over_target(s, run, target, mirrored_probabilities, indices=own)) as seen:
+        for _ in range(-(-len(target) // (CHUNK * rank_and_world()[1]))):
+            for index, labels, panels in gather_list([label(*x) for x in islice(seen, CHUNK)]):
+                sample, truth = target.samples[index], target.labels(index)
+                write_map(work / "labels" / f"{sample.id}.png", labels)
+                counts = pseudo_label_statistics(labels, truth, NUM_CLASSES)
+                total = {name: total[name] + counts[name] for name in total}
+                if panels:
+                    save_sheet({**panels, "truth": truth}, folder / f"{sample.id}.png")
+    if first:
+        record = pseudo_record(kind, portion, thresholds, histogram.predicted, total)
+        complete_folder(work, pseudo.path(number), record)
+        report_pseudo(s, target, number, record, time.time() - began)
+    barrier()
 
 
 def pseudo_record(kind: str, portion: float, thresholds, predicted, total: dict) -> dict:

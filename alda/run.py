@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +39,11 @@ from alda.datasets import (
     class_presence,
     load,
     mix_seed,
+    normalise,
     read_json,
     write_atomic,
 )
-from alda.distributed import all_reduce_number, barrier, rank_and_world
+from alda.distributed import all_reduce_number, barrier, mean_over_processes, rank_and_world
 
 # settings that may differ between a run and its resumption: where it runs and what it shows, not
 # what it computes (another device or number of threads sums floats in another order, so the bits
@@ -53,23 +54,25 @@ MAY_CHANGE = ("resume", "device", "workers", "threads", "log_every", "pictures",
 
 
 def batches(s, dataset: SegmentationDataset, step: int, stream: int, labels_of):
-    """An endless iterator of [images (N,3,H,W) float32, labels (N,H,W) uint8] from step `step` on.
+    """An endless iterator of [images (N,3,H,W) uint8, labels (N,H,W) uint8] from step `step` on.
 
-    `stream` 1 is the source, 2 the target: their sizes, their order (class-balanced for the source)
+    Under torchrun N is --batch over the processes: a step has the same samples, however many share
+    them. `stream` 1 is the source, 2 the target: their sizes, their order (class-balanced for the source)
     and their seeds differ. `labels_of(index)` replaces the dataset's labels, see TrainingView.
     Raises InputError for a size that cannot be read.
     """
     presence = None
     if stream == 1 and s.source_sampling == "balanced":
         presence = class_presence(dataset, s.workers)
-    sampler = EndlessSampler(len(dataset), mix_seed(s.seed, stream), presence=presence)
+    rank, world = rank_and_world()
+    sampler = EndlessSampler(len(dataset), mix_seed(s.seed, stream), rank, world, presence)
     sampler.load_state_dict({"position": step * s.batch})
     view = TrainingView(dataset, transform_of(s, stream), mix_seed(s.seed, stream, 1), labels_of)
     return iter(
         load(
             view,
             s.workers,
-            batch_size=s.batch,
+            batch_size=s.batch // world,
             sampler=sampler,
             pin_memory=torch.cuda.is_available(),
         )
@@ -95,20 +98,18 @@ def mixed_batches(
     s, views: list[TrainingView], entries: list[tuple[int, int]], step: int, seed: int
 ):
     """An endless iterator of [images, labels, dataset indices (N,) int64] of several views,
-    shuffled, from step `step` on.
-
-    Under torchrun each process gets its own part of every step. The views must give images of one
+    shuffled, from step `step` on; under torchrun as in `batches`. The views must give images of one
     size.
     """
     rank, world = rank_and_world()
     sampler = EndlessSampler(len(entries), seed, rank, world)
-    sampler.load_state_dict({"position": step * s.batch * world})
+    sampler.load_state_dict({"position": step * s.batch})
     mixture = Mixture(views, entries)
     return iter(
         load(
             mixture,
             s.workers,
-            batch_size=s.batch,
+            batch_size=s.batch // world,
             sampler=sampler,
             pin_memory=torch.cuda.is_available(),
         )
@@ -116,9 +117,12 @@ def mixed_batches(
 
 
 def next_batch(iterator, device):
-    """The next [images, labels] on the device, or None where there is no iterator (source-only,
-    source-free)."""
-    return None if iterator is None else [x.to(device, non_blocking=True) for x in next(iterator)]
+    """The next [images (N,3,H,W) float32, labels, ...] on the device, or None where there is no
+    iterator (source-only, source-free). Images that come as bytes are normalised there."""
+    if iterator is None:
+        return None
+    images, *rest = (x.to(device, non_blocking=True) for x in next(iterator))
+    return [normalise(images) if images.dtype == torch.uint8 else images, *rest]
 
 
 class Run:
@@ -132,6 +136,10 @@ class Run:
         self.model = self.fresh_model()
         # what training calls; under torchrun it averages the gradients
         self.forward: torch.nn.Module = self.model
+        if s.checkpointing:
+            deeplab.checkpoint_blocks(self.model)
+        if s.compile:
+            self.model.compile()
         if world > 1:
             if device.type == "cuda":
                 self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -144,6 +152,7 @@ class Run:
             lr=s.lr,
             momentum=s.momentum,
             weight_decay=s.weight_decay,
+            fused=device.type == "cuda" or None,
         )
         self.parts: dict = {}  # name: what else a checkpoint holds, anything with state_dict and load_state_dict
         self.history: list[
@@ -160,6 +169,10 @@ class Run:
         """The network with the weights of --init, in train mode, the same in every process."""
         torch.manual_seed(mix_seed(self.s.seed, 0))
         model = deeplab.build(**self.network, init=self.s.init).to(self.device).train()
+        if self.device.type == "cuda":
+            model = model.to(
+                memory_format=torch.channels_last
+            )  # what its half-precision units read
         if rank_and_world()[1] > 1:
             # every process has its own dropout
             torch.manual_seed(mix_seed(self.s.seed, 0, self.rank))
@@ -178,17 +191,33 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.s.lr * group["factor"] * factor
 
-    def log(self, step: int, losses: dict[str, torch.Tensor | float], more=dict) -> None:
+    def micro_batches(self, *batches):
+        """Yields the step's batches in --accumulate equal parts, a tuple each, None where there is no
+        batch; the caller adds up the parts' gradients. Processes exchange them with the last."""
+        n = self.s.accumulate
+        if n == 1:
+            yield batches
+            return
+        cut = []
+        for batch in batches:
+            there = [x.chunk(n) for x in batch or ()]
+            cut.append([*zip(*there, strict=True)] if there else [None] * n)
+        for i, part in enumerate(zip(*cut, strict=True)):
+            several = isinstance(self.forward, torch.nn.parallel.DistributedDataParallel)
+            with self.forward.no_sync() if several and i < n - 1 else nullcontext():
+                yield part
+
+    def log(self, step: int, *losses: dict[str, torch.Tensor | float], more=dict) -> None:
         """After step `step` - 1: keeps its losses on the device; at every log step reads all of
         them, stops if any is not finite, prints and writes a line.
 
-        `losses` are 0-dim tensors by name; what is a number was left out of this run and is not
-        logged. `more()` gives further entries of the line in metrics.jsonl; it is called at log
-        steps only.
+        `losses` are 0-dim tensors by name, of each part of the step; what is a number was left out of
+        this run and is not logged. `more()` gives further entries of the line in metrics.jsonl; it is
+        called at log steps only.
         """
-        there = {name: x for name, x in losses.items() if isinstance(x, torch.Tensor)}
-        self.names = list(there)
-        self.history.append(torch.stack([*there.values()]).detach())
+        self.names = [name for name, x in losses[0].items() if isinstance(x, torch.Tensor)]
+        rows = [torch.stack([part[name] for name in self.names]).detach() for part in losses]
+        self.history.append(rows[0] if len(rows) == 1 else torch.stack(rows).mean(0))
         s = self.s
         if self.clock is None:
             self.clock = (step - 1, time.time())
@@ -219,11 +248,13 @@ class Run:
         )
 
     def finite_losses(self, step: int) -> torch.Tensor:
-        """The losses since the last progress line, (n,L) on the host; raises FloatingPointError
-        where one is not finite."""
-        values = (
-            torch.stack(self.history).cpu() if self.history else torch.empty(0, len(self.names))
-        )
+        """The losses since the last progress line, (n,L) on the host, their mean over the processes;
+        raises FloatingPointError where one is not finite."""
+        values = torch.empty(0, len(self.names))
+        if self.history:
+            values = mean_over_processes(torch.stack(self.history))
+            self.history = [*values]
+            values = values.cpu()
         if not values.isfinite().all():
             row = (~values.isfinite()).any(1).nonzero()[0].item()
             losses = dict(zip(self.names, values[row].tolist(), strict=True))
@@ -456,6 +487,11 @@ def one_line_errors():
             raise InputError(
                 f"out of memory ({text}); start with another --out and a smaller --batch, --crop, "
                 "--source-size or --target-size, or go on with --resume where there is more"
+            ) from None
+        if any(part in text for part in ("closed by peer", "Connection reset", "NCCL")):
+            raise InputError(
+                f"another process of this job was lost ({text}); go on with --resume (torchrun "
+                "--max_restarts N ... --resume does it by itself)"
             ) from None
         if any(part in text for part in LOST_WORKERS):  # torch may say so in the middle of a step
             raise InputError(

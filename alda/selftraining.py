@@ -42,6 +42,7 @@ import torch
 
 from alda import IGNORE
 from alda.acquisition import entropy
+from alda.distributed import all_reduce
 
 ROWS = 32  # rows of probabilities worked on at a time, so that products with a prior stay small
 CHUNK = 2**18  # pixels counted at a time
@@ -146,6 +147,11 @@ class ConfidenceHistogram:
             rest = (bits & ((1 << DROPPED) - 1)).long().to(self.counts.device)
             self.counts.view(-1).scatter_add_(0, bins, torch.ones_like(bins))
             self.rest.view(-1).scatter_add_(0, bins, rest)
+
+    def add_up(self) -> None:
+        """Under torch.distributed a collective: from now on each process has the counts of all."""
+        for counts in (self.counts, self.rest, self.predicted):
+            all_reduce(counts)
 
     def thresholds(self, portion: float, balanced: bool = True) -> torch.Tensor:
         """(C,) float32, see cbst_thresholds; any number of portions can be asked of one
@@ -398,8 +404,10 @@ def update_teacher(
     copies.
     """
     keep = min(1 - 1 / (step + 1), decay)
-    for own, new in zip(teacher.parameters(), student.parameters(), strict=True):
-        own.mul_(keep).add_(new, alpha=1 - keep)
+    own, new = list(teacher.parameters()), list(student.parameters())
+    # STAL's official code, mean teacher: t <- a t + (1 - a) s, all tensors in one call
+    torch._foreach_mul_(own, keep)
+    torch._foreach_add_(own, new, alpha=1 - keep)
 
 
 def drop_share(epoch: float, epochs: float, start: float = 0.2) -> float:

@@ -15,6 +15,7 @@ from pathlib import Path
 from alda import InputError
 from alda.acquisition import SCORES
 from alda.datasets import parse_scale, parse_size, read_json
+from alda.distributed import world_size
 
 QUERIES = tuple(SCORES)  # strategies that ask for pixels
 SELF_TRAINING = ("st", "cbst", "cbst-sp")  # strategies that ask for nothing
@@ -70,6 +71,7 @@ class Settings:
         "bfloat16: autocast in training and scoring; tests stay float32",
         choices=("float32", "bfloat16"),
     )
+    compile: bool = option(False, "run", "torch.compile the network (needs a C++ compiler)")
     resume: bool = option(False, "run", "go on from the last checkpoint of --out")
     rules: str = option(
         "paper",
@@ -121,7 +123,23 @@ class Settings:
         low=0,
         read_by=SCHEDULED,
     )
-    batch: int = option(2, "schedule", "images a step, of the source and of the target each", low=1)
+    batch: int = option(
+        2,
+        "schedule",
+        "images a step, of the source and of the target each; over all processes of torchrun",
+        low=1,
+    )
+    accumulate: int = option(
+        1,
+        "schedule",
+        "parts that a step's images pass in, one after the other: memory for time (live batch norm sees "
+        "a part at a time)",
+        low=1,
+        read_by=(*SCHEDULED, *SELF_TRAINING),
+    )
+    checkpointing: bool = option(
+        False, "schedule", "compute the backbone's blocks again for the gradient: memory for time"
+    )
     lr: float = option(
         2.5e-4, "schedule", "learning rate of the backbone; the head has 10 times as much"
     )
@@ -439,6 +457,12 @@ class Settings:
             raise InputError(f"--label-scale must be above 0 and at most 8, got {self.label_scale}")
         if not 0 < self.lr < math.inf:
             raise InputError(f"--lr must be above 0, got {self.lr}")
+        processes = world_size()
+        if self.batch % (processes * self.accumulate):
+            raise InputError(
+                f"--batch {self.batch} cannot be shared by {processes} processes in --accumulate "
+                f"{self.accumulate} parts: give a multiple of {processes * self.accumulate}"
+            )
         if 0 < self.poly_steps < self.steps:
             raise InputError(
                 f"--poly-steps {self.poly_steps} is shorter than --steps {self.steps}: the rate would end early"

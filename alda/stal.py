@@ -41,8 +41,15 @@ import torch.nn.functional as F
 
 from alda import IGNORE, deeplab
 from alda.acquisition import entropy
-from alda.datasets import NUM_CLASSES, SegmentationDataset, TrainingView, mix_seed, truth_inside
-from alda.distributed import all_reduce, broadcast_buffers, rank_and_world
+from alda.datasets import (
+    NUM_CLASSES,
+    SegmentationDataset,
+    TrainingView,
+    mix_seed,
+    normalise,
+    truth_inside,
+)
+from alda.distributed import all_reduce, rank_and_world
 from alda.evaluation import evaluate
 from alda.losses import MemoryBank, contrastive_sets, ohem_cross_entropy, weighted_consistency
 from alda.run import Run, transform_of
@@ -297,6 +304,7 @@ class Partners:
         seed = mix_seed(s.seed, 30, self.rank)
         self.view = TrainingView(target, transform_of(s, 2), seed, partial(truth_inside, target))
         self.pool = ThreadPoolExecutor(max(1, s.workers))
+        self.batch = s.batch // rank_and_world()[1]  # of this process
         self.reset()
 
     def reset(self) -> None:
@@ -310,7 +318,7 @@ class Partners:
     def draw(self, confidence: torch.Tensor, bank: ImageBank, generator: torch.Generator) -> None:
         """Draws a row (class, image) for each image of a batch, by the classes' confidence (C,);
         reads nothing from the device."""
-        u = torch.rand(self.s.batch, 2, generator=generator, device=self.device)
+        u = torch.rand(self.batch, 2, generator=generator, device=self.device)
         chances = class_chances(confidence)
         rows = torch.stack([torch.stack(bank.draw(chances, one)) for one in u])
         self.drawn = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
@@ -330,7 +338,8 @@ class Partners:
         batch = [torch.stack(part) for part in zip(*(row.result() for row in ready), strict=True)]
         if self.device.type == "cuda":
             batch = [x.pin_memory() for x in batch]
-        return Others(*(x.to(self.device, non_blocking=True) for x in batch))
+        images, truth, classes = (x.to(self.device, non_blocking=True) for x in batch)
+        return Others(normalise(images), truth, classes)
 
     def _read(self) -> torch.Tensor:
         if self.arrived is not None:
@@ -340,7 +349,7 @@ class Partners:
 
     def _start(self, rows: torch.Tensor, step: int) -> None:
         self.asked = (rows.clone(), step)
-        draws = [(step * self.s.batch + n, *row) for n, row in enumerate(rows.tolist())]
+        draws = [(step * self.batch + n, *row) for n, row in enumerate(rows.tolist())]
         self.loading = [self.pool.submit(self._load, *row) for row in draws]
 
     def _load(self, draw: int, c: int, index: int) -> tuple[torch.Tensor, ...]:
@@ -565,7 +574,6 @@ def pseudo_label_health(pseudo, truth, inside) -> dict[str, torch.Tensor]:
 
 def evaluate_both(run: Run, teacher, validation, protocol) -> dict:
     """The teacher's scores, and under "student" the student's."""
-    broadcast_buffers(run.model)
-    broadcast_buffers(teacher)
-    student = evaluate(run.model, validation, protocol, run.device)
-    return {**evaluate(teacher, validation, protocol, run.device), "student": student}
+    workers = run.s.workers
+    student = evaluate(run.model, validation, protocol, run.device, workers)
+    return {**evaluate(teacher, validation, protocol, run.device, workers), "student": student}

@@ -371,6 +371,23 @@ def test_global_budget_holds_no_more_than_twice_the_budget():
             budget.add("new", torch.zeros(2, 2), bad)
 
 
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_factors_of_picks_are_those_of_the_whole_map(k):
+    """Also where a window leaves the image: why a place was asked is what ripu_score saw there."""
+    torch.manual_seed(0)
+    logits = torch.randn(5, 9, 12) * 3
+    rows, cols = torch.meshgrid(torch.arange(9), torch.arange(12), indexing="ij")
+    centres = torch.stack([rows.flatten(), cols.flatten()], 1)
+    impurity, uncertainty, predicted = A.factors_at(logits, centres, k)
+    _, all_impurity, all_uncertainty = A.ripu_score(logits, k)
+    assert (impurity.view(9, 12) - all_impurity).abs().max() < 1e-6
+    assert (uncertainty.view(9, 12) - all_uncertainty).abs().max() < 1e-6
+    assert torch.equal(predicted.view(9, 12).long(), logits.argmax(0))
+    _, own, _ = A.factors_at(logits, centres, k, unit="pixel")
+    assert (own.view(9, 12) - A.pixel_entropy(logits.softmax(0))).abs().max() < 1e-6
+    assert [len(x) for x in A.factors_at(logits, centres[:0], k)] == [0, 0, 0]
+
+
 def _share(rank: int, world: int, path: str, count: int) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=world

@@ -83,7 +83,7 @@ def settings(strategy="ripu", **changes):
 def picks_of(s, tmp_path, target, number, store):
     """The centres of round `number`, asked and stored."""
     earlier = [store.record(n) for n in range(1, number)]
-    centres, _, notes = rounds.choose(s, Run(tmp_path), target, store, number, earlier)
+    centres, _, _, notes = rounds.choose(s, Run(tmp_path), target, store, number, earlier)
     with store.new(number) as new:
         for n, sample in enumerate(target.samples):
             radius = 0 if s.unit == "pixel" else s.radius
@@ -192,9 +192,9 @@ def test_a_flat_prediction_is_not_spent_on_the_left_border(tmp_path, monkeypatch
         columns[name] = [column for _, column in centres[0]]
         assert notes["share_of_score_0"] == 1.0
         if name != "code":
-            again, _, _ = rounds.choose(s, Run(tmp_path), target, Rounds(tmp_path / "x"), 1, [])
+            again, *_ = rounds.choose(s, Run(tmp_path), target, Rounds(tmp_path / "x"), 1, [])
             assert again[0].tolist() == centres[0]
-            other, _, _ = rounds.choose(s, Run(tmp_path), target, store, 2, [store.record(1)])
+            other, *_ = rounds.choose(s, Run(tmp_path), target, store, 2, [store.record(1)])
             assert len(other[0]) and not set(map(tuple, other[0].tolist())) & set(
                 map(tuple, centres[0])
             )
@@ -396,7 +396,7 @@ def test_pseudo_labels_of_a_round_equal_a_slow_version(kind, number, rules, tmp_
     assert model.training and not any(training for _, training in model.seen)
     portion, weighted = 0.2 + 0.05 * (number - 1), []
     for index in range(3):
-        x = rounds.network_logits(model, target.image(index), (12, 16), "cpu").detach()
+        x = rounds.network_logits(model, target.image(index)[None], (12, 16), "cpu").detach()[0]
         prob = x.softmax(0).numpy().astype(np.float64)
         weighted.append(prob if prior is None else prob * prior.numpy())
     best = np.stack([x.max(0) for x in weighted]), np.stack([x.argmax(0) for x in weighted])
@@ -423,12 +423,12 @@ def test_the_pixel_at_the_threshold_follows_the_rules(tmp_path):
     for rules, labelled in (("code", 2 * 48), ("paper", 0)):
         s = settings("cbst", target_size="8x6", label_scale=1.0, rules=rules)
         pseudo = Rounds(tmp_path / rules)
-        record = rounds.label_target(s, Run(tmp_path, Pointwise()), target, pseudo, 1, "cbst")
-        assert record["labelled"] == labelled
+        rounds.label_target(s, Run(tmp_path, Pointwise()), target, pseudo, 1, "cbst")
+        assert pseudo.record(1)["labelled"] == labelled
 
 
 def test_the_target_is_labelled_at_its_scale_with_its_mirror_image():
-    image = torch.randint(0, 256, (3, 10, 20), generator=torch.Generator().manual_seed(0)).to(
+    image = torch.randint(0, 256, (1, 3, 10, 20), generator=torch.Generator().manual_seed(0)).to(
         torch.uint8
     )
 
@@ -438,7 +438,7 @@ def test_the_target_is_labelled_at_its_scale_with_its_mirror_image():
 
     def alone(x, size):
         x = rounds.network_logits(Sided(), x, size, "cpu").detach()
-        return x.softmax(0)
+        return x.softmax(1)
 
     s = settings("cbst", target_size="20x10", label_scale=0.5)
     model = Sided()
@@ -826,18 +826,18 @@ def test_noise_differs_between_images_and_rounds(tmp_path, monkeypatch):
     s, store = settings("random", target_size="20x20", budget=0.2), Rounds(tmp_path / "a")
     first, _ = picks_of(s, tmp_path, target, 1, store)
     assert first[0] != first[1] != first[2]
-    again, _, _ = rounds.choose(s, Run(tmp_path), target, Rounds(tmp_path / "b"), 1, [])
+    again, *_ = rounds.choose(s, Run(tmp_path), target, Rounds(tmp_path / "b"), 1, [])
     assert [c.tolist() for c in again] == first
     with Rounds(tmp_path / "b").new(1):
         pass  # a round that asked nothing
-    other, _, _ = rounds.choose(s, Run(tmp_path), target, Rounds(tmp_path / "b"), 2, [])
+    other, *_ = rounds.choose(s, Run(tmp_path), target, Rounds(tmp_path / "b"), 2, [])
     assert [c.tolist() for c in other] != first
 
 
 def test_queries_see_the_target_at_its_training_size(tmp_path):
     model, target = Pointwise(), Colours(2)
     s = settings(target_size="8x6", budget=0.5)
-    centres, _, _ = rounds.choose(s, Run(tmp_path, model), target, Rounds(tmp_path), 1, [])
+    centres, *_ = rounds.choose(s, Run(tmp_path, model), target, Rounds(tmp_path), 1, [])
     assert model.seen == [((6, 8), False)] * 2 and model.training
     assert (
         max(row for c in centres for row, _ in c.tolist()) > 6

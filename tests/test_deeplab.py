@@ -5,6 +5,7 @@
 `golden/model_*.npz` were recorded from the official networks with weights that follow from their names (`recipe`).
 """
 
+import copy
 import gzip
 import json
 import os
@@ -23,6 +24,7 @@ from alda.deeplab import (
     DeepLabV2,
     DeepLabV3Plus,
     build,
+    checkpoint_blocks,
     load_checkpoint,
     parameter_groups,
     upsample,
@@ -319,6 +321,34 @@ def test_v2_is_the_sum_of_its_four_branches_and_upsample_keeps_corners():
     logits = torch.randn(1, 5, 9, 13)
     large = upsample(logits, (65, 97))
     assert_close(large[:, :, ::8, ::8], logits)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2"])
+def test_checkpointed_blocks_give_the_same_bits(backbone):
+    """Loss, gradients and the running statistics of live batch norm, which the second pass must not
+    move again; the blocks are computed twice, and a copy has blocks of its own."""
+    images = torch.randn(2, 3, 33, 49, generator=torch.Generator().manual_seed(0))
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = DeepLabV2(5, backbone, "live")
+        if checkpointed:
+            checkpoint_blocks(model)
+            assert "forward" in vars(copy.deepcopy(model).backbone.get_submodule(BLOCKS[backbone]))
+        calls = []
+        model.backbone.get_submodule(BLOCKS[backbone] + FIRST[backbone]).register_forward_hook(
+            lambda *_, calls=calls: calls.append(1)
+        )
+        loss = model(images).logsumexp(1).mean()
+        loss.backward()
+        assert len(calls) == 1 + checkpointed
+        buffers = [b for n, b in model.named_buffers() if not n.endswith("num_batches_tracked")]
+        found.append([loss, *(p.grad for p in model.parameters()), *buffers])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+BLOCKS = {"resnet18": "layer3.0", "mobilenet_v2": "features.9"}
+FIRST = {"resnet18": ".conv1", "mobilenet_v2": ".conv.0"}
 
 
 def test_frozen_batch_norm_has_no_parameters_and_never_changes():

@@ -337,9 +337,8 @@ def test_images_due_are_the_published_ones():
 
 def test_stal_on_two_processes(tiny_world, tmp_path, capsys):
     """torchrun on a CPU: one run folder, rounds as of one process, and the student's gradients are averaged."""
-    words = arguments(
-        tiny_world, tmp_path / "out", strategy="stal", steps=4, net="deeplabv3plus", threads=1
-    )
+    options = {"strategy": "stal", "steps": 4, "net": "deeplabv3plus", "threads": 1, "batch": 4}
+    words = arguments(tiny_world, tmp_path / "out", **options)
     command = [
         sys.executable,
         "-m",
@@ -362,11 +361,6 @@ def test_stal_on_two_processes(tiny_world, tmp_path, capsys):
         loop.main([*words, "--resume"]) == 2
         and "started with 2 processes" in capsys.readouterr().err
     )
-    words[words.index("stal")] = "source-only"
-    refused = subprocess.run(
-        [*command, *words], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert refused.returncode != 0 and "start it without torchrun" in refused.stderr
 
 
 def test_pseudo_labels_are_a_loss_of_their_own():

@@ -1,0 +1,159 @@
+"""Two processes under torchrun do what one does: the same picks and pseudo-labels, losses within rounding."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_loop import arguments, metric_lines
+
+from alda import loop, losses
+from alda.annotation import Rounds
+from alda.datasets import open_dataset
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(words, *options):
+    command = [*TORCHRUN, "--standalone", *options, "-m", "alda.loop", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_world, tmp_path_factory):
+    """A source-trained network: with it batch norm can be frozen, and no process sees fewer images
+    through it than another."""
+    out = tmp_path_factory.mktemp("start")
+    assert loop.main(arguments(tiny_world, out, strategy="source-only", steps=4)) == 0
+    return out / "checkpoints/last.pt"
+
+
+SHARED = {
+    "cbda": {"strategy": "cbda", "budget": 0.2, "pseudo": "cbst", "pseudo_steps": "0,6"},
+    "cbst": {"strategy": "cbst", "rounds": 2, "steps": 6},
+    "ripu": {"strategy": "ripu", "budget": 0.2, "rules": "code", "pictures": 3},
+    "ripu-pa": {"strategy": "ripu-pa", "pixels": 8, "radius": 2},
+    "st": {"strategy": "st", "rounds": 2, "steps": 6, "mine": 0.0},
+    "source-free": {"strategy": "entropy", "unit": "pixel", "rules": "code"},
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["cbda", "cbst"] + [pytest.param(n, marks=pytest.mark.slow) for n in list(SHARED)[2:]]
+)
+def test_two_processes_equal_one(name, trained, tiny_world, tmp_path):
+    options = {"batch_norm": "frozen", "init": str(trained), "log_every": 1, **SHARED[name]}
+    options["query_steps"] = "0,5"
+    if name == "source-free":
+        options["source_free"] = options["init"]
+    outs = [tmp_path / "one", tmp_path / "two"]
+    one, two = (arguments(tiny_world, out, **options) for out in outs)
+    assert loop.main(one) == 0
+    done = torchrun(two)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("last checkpoint") == 1 and "2 processes (cpu)" in done.stdout
+    target = open_dataset("cityscapes", tiny_world, "train")
+    maps = 0
+    for kind, part in (("rounds", "queries"), ("rounds", "answers"), ("pseudo", "labels")):
+        first, second = (Rounds(out / kind) for out in outs)
+        assert first.complete() == second.complete()
+        for number in range(1, first.complete() + 1):
+            for sample in target.samples:
+                a, b = (r.read(number, part, sample.id, sample.size, 7) for r in (first, second))
+                # rounds before the first step see equal weights, later ones weights that differ by
+                # the order of sums
+                same = (a == b).double().mean()
+                assert same == 1 if number == 1 else same > 0.995, (kind, number, part, sample.id)
+                maps += 1
+    assert maps >= len(target)
+    pictures = [sorted(p.relative_to(out) for p in out.rglob("*.png")) for out in outs]
+    assert pictures[0] == pictures[1]
+    for a, b in zip(*(metric_lines(out) for out in outs), strict=True):
+        assert a["step"] == b["step"] and a["losses"].keys() == b["losses"].keys()
+        for loss, value in a["losses"].items():
+            gap = 1e-5 if a["step"] == 1 else 2e-3  # rounding, then what training makes of it
+            assert b["losses"][loss] == pytest.approx(value, rel=gap, abs=1e-6), (a["step"], loss)
+    results = [json.loads((out / "result.json").read_text()) for out in outs]
+    assert results[0]["mIoU19"] == pytest.approx(results[1]["mIoU19"], abs=2e-3)
+    assert results[0]["budget"] == results[1]["budget"]
+
+
+def share_of_losses(rank, world, path, values):
+    """In a process of its own: the gradients of its half of the batch, averaged over both."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=world
+    )
+    logits, labels = (x[rank::world] for x in values)
+    logits = logits.clone().requires_grad_()
+    total = sum(loss(logits, labels) for loss in LOSSES)
+    total.backward()
+    torch.save((logits.grad / world, total.detach()), f"{path}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+LOSSES = (
+    losses.cross_entropy,
+    losses.local_consistency,
+    lambda x, y: losses.local_consistency(x, y, boundary_only=True),
+    lambda x, y: losses.negative_learning(x.softmax(1)),
+    lambda x, y: losses.ohem_cross_entropy(x, y, threshold=0.2, min_kept=0),
+    lambda x, y: losses.weighted_consistency(x, y, x.softmax(1).amax(1)),
+)
+
+
+def test_a_loss_is_the_mean_over_the_pixels_of_all_processes(tmp_path):
+    """One of four images has most labels, another none: the mean of the processes' means would be
+    something else."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(4, 5, 6, 7), torch.randint(0, 5, (4, 6, 7))
+    labels[1], labels[3, 1:] = 255, 255
+    logits[0] *= 4
+    whole = logits.clone().requires_grad_()
+    expected = sum(loss(whole, labels) for loss in LOSSES)
+    expected.backward()
+    torch.multiprocessing.spawn(share_of_losses, (2, str(tmp_path), (logits, labels)), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    gradient = torch.empty_like(logits)
+    for rank, (part, _) in enumerate(parts):
+        gradient[rank::2] = part
+    assert (sum(total for _, total in parts) / 2 - expected).abs() < 1e-5
+    assert (gradient - whole.grad).abs().max() < 1e-7
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tiny_world, tmp_path):
+    words = arguments(tiny_world, tmp_path / "out", strategy="source-only", batch=3)
+    done = torchrun(words)
+    assert done.returncode != 0
+    assert "--batch 3 cannot be shared by 2 processes" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_job_and_a_restart_goes_on(trained, tiny_world, tmp_path):
+    """One of two processes is killed: the other ends with a line, torchrun starts both again, and the
+    run ends with the bits of one that was never killed."""
+    options = {"batch_norm": "frozen", "init": str(trained), "checkpoint_every": 1, "steps": 60}
+    options |= {"strategy": "ripu", "query_steps": "3,20"}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert torchrun(arguments(tiny_world, whole, **options)).returncode == 0
+    words = [*arguments(tiny_world, killed, **options), "--resume"]
+    command = [*TORCHRUN, "--standalone", "--max_restarts", "2", "-m", "alda.loop", *words]
+    job = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD
+    )
+    last = killed / "checkpoints/last.pt"
+    while not last.is_file() or torch.load(last, weights_only=True)["step"] < 5:
+        assert job.poll() is None, job.communicate()[1][-2000:]
+        time.sleep(0.2)
+    children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    out, err = job.communicate(timeout=300)
+    assert job.returncode == 0, err[-2000:]
+    assert "resumed from step" in out and "another process of this job was lost" in err
+    states = [torch.load(o / "checkpoints/last.pt", weights_only=True) for o in (whole, killed)]
+    for name, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][name]), name
