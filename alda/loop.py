@@ -647,7 +647,8 @@ def pixels_of(dataset) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line (see the top of this file); returns the exit status: 0 done, 2 bad usage or
-    input, 143 after SIGTERM or SIGUSR1. Ctrl-C passes through, after the line that resumes."""
+    input, 143 after SIGTERM or SIGUSR1. Ctrl-C ends the process with status 130, after the line that
+    resumes; callers that give `argv` get the KeyboardInterrupt."""
     out = None
     try:
         with ExitStack() as held:
@@ -676,9 +677,11 @@ def main(argv: list[str] | None = None) -> int:
         # what the checkpoints and rounds hold is kept, see run.Stop
         kept = out is not None and (out / "config.json").is_file()
         print(f"stopped{': ' + resume_line(out) + ' goes on' if kept else ''}", file=sys.stderr)
-        if isinstance(stop, KeyboardInterrupt):
-            raise
-        return 143
+        if isinstance(stop, Stopped):
+            return 143
+        if argv is None:
+            raise SystemExit(130) from None
+        raise
 
 
 @contextmanager
@@ -731,7 +734,4 @@ def run_strategy(s: Settings, out: Path, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(main())

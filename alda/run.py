@@ -439,8 +439,12 @@ STOP = Stop()
 
 
 def resume_line(out: Path) -> str:
-    """The command that goes on with a run."""
-    return f"python -m alda.loop --resume --out {shlex.quote(str(out))}"
+    """The command that goes on with a run: the script's own where a script began it, which may have
+    brought a score of its own."""
+    script, loop = Path(sys.argv[0]), Path(__file__).with_name("loop.py")
+    own = script.suffix == ".py" and script.is_file() and not script.samefile(loop)
+    start = shlex.quote(str(script)) if own else "-m alda.loop"
+    return f"python {start} --resume --out {shlex.quote(str(out))}"
 
 
 @contextmanager

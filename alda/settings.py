@@ -657,7 +657,8 @@ def help_text(field: dataclasses.Field) -> str:
     """An option's help: its meaning, its default, and the strategies' own defaults."""
     tables = {**PAPER, "source-free": SOURCE_FREE, "root toy": TOY}
     defaults = [] if field.default == "" else [f"{field.default}"]
-    own = [f"{name} {table[field.name]}" for name, table in tables.items() if field.name in table]
+    own = {name: table[field.name] for name, table in tables.items() if field.name in table}
+    own = [f"{name} ''" if value == "" else f"{name} {value}" for name, value in own.items()]
     defaults += [", ".join(own)] if own else []
     text = field.metadata["help"]
     return f"{text} [{'; '.join(defaults)}]" if defaults else text

@@ -1,6 +1,8 @@
 """Wrong input is told in one line; the command line says what it does; the README's code runs."""
 
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 import torch
 from test_loop import arguments
 
-from alda import __version__, acquisition, evaluation, loop, losses, settings
+from alda import __version__, acquisition, evaluation, loop, losses, run, settings
 from alda.annotation import Rounds, ledger
 
 ROOT = Path(__file__).parent.parent
@@ -135,6 +137,7 @@ def test_help_is_short_and_help_all_is_not(capsys):
     assert "--strategy" in short and "--ohem-pixels" not in short and "--ohem-pixels" in full
     assert len(short.splitlines()) < 100 < len(full.splitlines())
     assert "stal 4" in short  # each strategy's own defaults
+    assert "cbst ''" in full and not re.search(r"[\w-] +,|, *[\];]", re.sub(r"\s+", " ", full))
     assert "cbst 0.0001" in full and "25%..45% of steps" in full
 
 
@@ -195,6 +198,40 @@ def test_a_new_score_is_a_strategy(tiny_world, tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-500:]
     assert '"confidence"' in (tmp_path / "out/config.json").read_text()
+
+
+def test_a_scripts_run_is_resumed_by_the_script(tiny_world, tmp_path):
+    """A script brings its score: the line that resumes names it, and Ctrl-C ends it quietly."""
+    score = next(block for block in blocks("python") if "SCORES[" in block)
+    last = "import os, signal, torch\nfrom alda.loop import main\n"
+    stop = (  # Ctrl-C in step 3
+        "real, seen = torch.optim.SGD.step, []\n"
+        "def step(*args, **kwargs):\n"
+        "    seen.append(0)\n"
+        "    if len(seen) == 3:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return real(*args, **kwargs)\n"
+        "torch.optim.SGD.step = step\n"
+    )
+    script, out = tmp_path / "my score.py", tmp_path / "out"
+    options = {"strategy": "confidence", "steps": 4, "query_steps": "1,2", "checkpoint_every": 1}
+    words = arguments(tiny_world, out, **options)
+    script.write_text(f"{score}\n{last}{stop}main()\nprint('on')\n")
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    kinds = {"capture_output": True, "text": True, "env": {**os.environ, "PYTHONPATH": path}}
+    done = subprocess.run([sys.executable, script.name, *words], cwd=tmp_path, **kinds)
+    assert done.returncode == 130 and "on" not in done.stdout.splitlines()
+    assert done.stderr == f"stopped: python 'my score.py' --resume --out {out} goes on\n"
+    script.write_text(f"{score}\n{last}main()\n")
+    line = done.stderr.removeprefix("stopped: python ").removesuffix(" goes on\n")
+    done = subprocess.run([sys.executable, *shlex.split(line)], cwd=tmp_path, **kinds)
+    assert done.returncode == 0 and (out / "result.json").is_file(), done.stderr[-500:]
+
+
+@pytest.mark.parametrize("started", ["-c", "pytest", loop.__file__])
+def test_without_a_script_alda_loop_resumes(started, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [started])
+    assert run.resume_line(Path("a b")) == "python -m alda.loop --resume --out 'a b'"
 
 
 def test_the_readme_is_a_front_page():
