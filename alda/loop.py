@@ -86,6 +86,7 @@ from alda.run import (
     Run,
     Stopped,
     batches,
+    leave_nothing,
     locked,
     mixed_batches,
     next_batch,
@@ -687,16 +688,17 @@ def main(argv: list[str] | None = None) -> int:
 @contextmanager
 def ready_folder(s: Settings, out: Path):
     """Holds the lock of the run's folder, and makes its config.json; a run that fails before it has
-    written anything else takes that away again: the folder stays free for the next try."""
-    with locked(out):
+    written anything else takes that away again, and the folder where it made it."""
+    with locked(out) as made:
         new = not (out / "config.json").exists()
-        if s.root == "toy":
-            toy.ensure("toy")
         try:
+            if s.root == "toy":
+                toy.ensure("toy")
             yield prepare(s)
         except (InputError, FloatingPointError, OSError):
             if new and not any((out / part).exists() for part in TRACES):
                 (out / "config.json").unlink(missing_ok=True)
+                leave_nothing(out, made)
             raise
 
 

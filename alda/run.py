@@ -534,9 +534,10 @@ if hasattr(os, "register_at_fork"):
 @contextmanager
 def locked(out: Path):
     """Makes the run's folder and holds its lock: no other process writes there. The kernel frees it
-    when the process ends, however it ends. Raises InputError where another process holds it, or the
-    folder cannot be made."""
+    when the process ends, however it ends. Gives the folders that were made, `out` first. Raises
+    InputError where another process holds it, or the folder cannot be made."""
     path = out / "run.lock"
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
@@ -547,10 +548,21 @@ def locked(out: Path):
     try:
         take_lock(descriptor, out)
         HELD[path] = descriptor
-        yield
+        check_folder(out)  # the file may be one that a start which failed has just removed
+        yield made
     finally:
         HELD.pop(path, None)
         os.close(descriptor)
+
+
+def leave_nothing(out: Path, made: list[Path]) -> None:
+    """After a start that failed, while it holds the lock: removes run.lock where nothing else lies in
+    the folder, and of the folders that were `made` those that are empty."""
+    with suppress(OSError):
+        if [path.name for path in out.iterdir()] == ["run.lock"]:
+            (out / "run.lock").unlink()
+            for folder in made:
+                folder.rmdir()
 
 
 def take_lock(descriptor: int, out: Path) -> None:
@@ -583,8 +595,8 @@ def check_folder(out: Path) -> None:
         there = False
     if not there:
         raise InputError(
-            f"{out}: was removed or replaced during the run; nothing more is written, start anew "
-            "with another --out"
+            f"{out}: was removed or replaced meanwhile; nothing more is written to it, start anew, "
+            "perhaps with another --out"
         )
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_loop import arguments
 
-from alda import __version__, acquisition, evaluation, loop, losses, run, settings
+from alda import InputError, __version__, acquisition, evaluation, loop, losses, run, settings
 from alda.annotation import Rounds, ledger
 
 ROOT = Path(__file__).parent.parent
@@ -257,6 +257,71 @@ def test_differences_have_unique_numbers_and_the_readme_names_their_homes():
         for number in range(int(first), int(last or first) + 1):
             found[str(number)] = f"{module}.py"
     assert found == homes
+
+
+WRONG_STARTS = [
+    {"root": "nowhere"},
+    {"src": "synthia", "root": "partly"},  # holds gta5 alone
+    {"root": "partly"},
+    {"init": "nothing.pt"},
+    {"strategy": "cbst", "init": "nothing.pt"},
+    {"strategy": "stal", "budget": 0.9, "rounds": 40},
+    {"root": "toy"},  # ./toy is no miniature world
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG_STARTS, ids=str)
+def test_a_start_that_fails_leaves_no_folder(wrong, tiny_world, tmp_path, monkeypatch, capsys):
+    wrong = {"strategy": "ripu", **wrong}
+    monkeypatch.chdir(tmp_path)
+    Path("partly").mkdir()
+    Path("partly/gta5").symlink_to(tiny_world / "gta5")
+    Path("toy").mkdir()
+    Path("toy/mine.txt").write_text("mine")
+    Path("empty/inner").mkdir(parents=True)
+    Path("notes").mkdir()
+    Path("notes/mine.txt").write_text("mine")
+
+    def files():
+        return sorted(str(path) for path in Path().rglob("*"))
+
+    before = files()
+    for out in ("runs/new/a", "empty/inner", "empty/inner/b", "notes/c"):
+        assert loop.main(arguments(tiny_world, out, **wrong)) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+        assert files() == before, out
+    assert loop.main(arguments(tiny_world, "notes", **wrong)) == 2
+    assert files() == sorted([*before, "notes/run.lock"])  # not alone there: it stays
+    assert Path("notes/mine.txt").read_text() == "mine"
+
+
+def test_a_failed_start_removes_no_folder_that_another_takes(tiny_world, tmp_path, monkeypatch):
+    """Between the removal of run.lock and of its folder another start may come."""
+    out, other = tmp_path / "out", []
+    real = Path.unlink
+
+    def unlink(path, **kwargs):
+        real(path, **kwargs)
+        if path.name == "run.lock":
+            other.append(path.touch())
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    assert loop.main(arguments(tmp_path / "nowhere", out, strategy="ripu")) == 2
+    assert other and [path.name for path in out.iterdir()] == ["run.lock"]
+
+
+def test_a_lock_file_that_a_failed_start_removed_locks_nothing(tmp_path, monkeypatch):
+    """It was opened before its removal, and locked after it: two runs would hold two files."""
+    real = run.take_lock
+
+    def late(descriptor, out):
+        (out / "run.lock").unlink()
+        real(descriptor, out)
+
+    monkeypatch.setattr(run, "take_lock", late)
+    with pytest.raises(InputError, match="removed or replaced meanwhile"), run.locked(tmp_path):
+        raise AssertionError("it holds a lock that the next start does not see")
+    assert not run.HELD
 
 
 def test_a_resume_without_a_run_starts_nothing(tmp_path, capsys, monkeypatch):
