@@ -111,18 +111,22 @@ def save_round(panels: dict, now: torch.Tensor, before: torch.Tensor, path: Path
 
 
 def bars(values: dict[str, int], size: tuple[int, int]) -> Image.Image:
-    """A bar for each class, in its colour, of its share of all `values`; `size` is (H, W)."""
+    """A bar for each class, in its colour, of its share of all `values`; `size` is (H, W). In two
+    columns where the names would be crowded in one."""
     picture = Image.new("RGB", (size[1], size[0]), "white")
     draw, total = ImageDraw.Draw(picture), max(1, sum(values.values()))
-    largest, font = max(1, *values.values()), ImageFont.load_default(10)
-    step = (size[0] - 4) / len(values)
+    largest, font = max(1, *values.values()), ImageFont.load_default(11)
+    columns = 1 if size[0] >= 15 * len(values) else 2
+    rows, width = -(-len(values) // columns), size[1] // columns
+    step = (size[0] - 4) / rows
     for i, (name, value) in enumerate(values.items()):
-        y = 2 + i * step
-        length = (size[1] - 150) * value / largest
+        x, y = i // rows * width, 2 + i % rows * step
+        length = (width - 122) * value / largest
         colour = CLASSES[i].colour if len(values) == NUM_CLASSES else (90, 90, 90)
-        draw.text((2, y - 1), name, fill="black", font=font)
-        draw.rectangle((80, y, 80 + length, y + max(1, step - 2)), fill=colour)
-        draw.text((84 + length, y - 1), f"{100 * value / total:.1f} %", fill="black", font=font)
+        draw.text((x + 2, y + step / 2), name, fill="black", font=font, anchor="lm")
+        draw.rectangle((x + 76, y + 1, x + 76 + length, y + max(1, step - 3)), fill=colour)
+        share = f"{100 * value / total:.1f} %"
+        draw.text((x + 80 + length, y + step / 2), share, fill="black", font=font, anchor="lm")
     return picture
 
 

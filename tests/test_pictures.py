@@ -54,6 +54,16 @@ def test_picks_of_this_round_and_of_earlier_ones_have_their_colours():
     assert (small[0] > 100).sum() == 9
 
 
+def test_the_names_beside_the_bars_do_not_touch():
+    """In the panel of a story: two columns, each name a line of its own with white between."""
+    drawn = np.array(P.bars(dict.fromkeys(NAMES, 1), (165, 330)))
+    for left, number in ((0, 10), (165, 9)):
+        ink = (drawn[:, left : left + 70] < 200).any((1, 2))
+        assert (np.diff(ink.astype(int)) == 1).sum() == number
+        shares = (drawn[:, left + 130 : left + 165] < 200).any(2)
+        assert shares.any() and not shares[:, -1].any()  # they end inside their column
+
+
 def test_bars_and_curves_without_matplotlib(tmp_path, monkeypatch):
     original = builtins.__import__
 
