@@ -151,7 +151,7 @@ class Run:
         ] = []  # the losses of the steps since the last progress line, on the device
         self.names: list[str] = []
         self.lines = 0  # of metrics.jsonl
-        self.clock = None
+        self.clock, self.timed = None, 0  # when this process began its first step; its steps so far
         # scores of the loops that are done (STAL), and before the first round; kept in checkpoints
         self.scores: list[dict] = []
         self.before: dict | None = None
@@ -175,6 +175,7 @@ class Run:
         """Every group's rate for this step: --lr times the group's own factor (head: 10) times
         `factor`. The step has begun: signals wait for its end, see Stop."""
         STOP.unsaved = True
+        self.clock = self.clock or time.time()
         for group in self.optimizer.param_groups:
             group["lr"] = self.s.lr * group["factor"] * factor
 
@@ -190,14 +191,14 @@ class Run:
         self.names = list(there)
         self.history.append(torch.stack([*there.values()]).detach())
         s = self.s
-        if self.clock is None:
-            self.clock = (step - 1, time.time())
-        if step % s.log_every and step != s.steps:
+        self.timed += 1
+        every = min(s.log_every, max(2, s.steps // 10))  # short runs show their first steps, too
+        if step % every and step != s.steps:
             return
         values = self.finite_losses(step)
         self.history = []
         means = dict(zip(self.names, values.mean(0).tolist(), strict=True))
-        rate = (step - self.clock[0]) / (time.time() - self.clock[1])
+        rate = self.timed / (time.time() - self.clock)
         eta = (s.steps - step) / rate
         memory = memory_in_use(self.device)
         line = {

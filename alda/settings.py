@@ -140,7 +140,9 @@ class Settings:
         choices=("balanced", "uniform"),
         read_by=SCHEDULED,
     )
-    log_every: int = option(50, "schedule", "steps between progress lines", low=1)
+    log_every: int = option(
+        50, "schedule", "steps between progress lines; in a short run a tenth of all", low=1
+    )
     checkpoint_every: int = option(1000, "schedule", "steps between checkpoints", low=1)
 
     budget: float = option(

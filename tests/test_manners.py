@@ -1,5 +1,6 @@
 """Wrong input is told in one line; the command line says what it does; the README's code runs."""
 
+import json
 import os
 import re
 import shlex
@@ -168,6 +169,18 @@ def test_a_crop_that_no_image_fills_is_said(capsys):
     assert "note: --crop 4096x2048 is larger than --source-size 2048x1024 ever gets" in err
     settings.parse(["--strategy", "stal"])
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("steps,log_every,first", [(12, 50, 2), (30, 50, 3), (8, 1, 1)])
+def test_a_short_run_shows_its_first_steps(steps, log_every, first, tiny_world, tmp_path):
+    """A tenth of all steps, or two, at most between two lines; the rate counts the first step's time, too."""
+    words = arguments(
+        tiny_world, tmp_path, strategy="source-only", steps=steps, log_every=log_every
+    )
+    assert loop.main(words) == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(first, steps + 1, first))
+    assert 0 < lines[0]["steps_per_s"] < 500
 
 
 # --------------------------------------------------------------------------------------------- the README
