@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from alda.datasets import CLASSES, NUM_CLASSES, colourise
+from alda.datasets import CLASSES, NUM_CLASSES, colourise, write_atomic
 
 NOW, EARLIER = (255, 225, 0), (0, 190, 255)  # picks of this round, and of the rounds before
 ROUNDS = ((255, 225, 0), (255, 140, 0), (230, 60, 60), (190, 60, 200), (90, 90, 255), (0, 190, 255))
@@ -97,7 +97,7 @@ def draw_legend(picture: Image.Image, top: int) -> None:
 def save_sheet(panels: dict, path: Path) -> None:
     """Writes a `sheet` of panels as a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet(panels).save(path)
+    write_atomic(path, lambda file: sheet(panels).save(file, "PNG"))
 
 
 def save_round(panels: dict, now: torch.Tensor, before: torch.Tensor, path: Path) -> None:
@@ -200,7 +200,7 @@ def class_picture(classes: dict[str, int], path: Path, balanced: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing = new_figure((9, 3))
     if drawing is None:
-        bars(classes, (320, 640)).save(path)
+        write_atomic(path, lambda file: bars(classes, (320, 640)).save(file, "PNG"))
         return
     figure, axes = drawing
     total = max(1, sum(classes.values()))
@@ -213,4 +213,4 @@ def class_picture(classes: dict[str, int], path: Path, balanced: bool) -> None:
     axes.set_xticks(range(NUM_CLASSES), classes, rotation=60, ha="right")
     axes.set_ylabel("share of labelled pixels")
     axes.legend()
-    figure.savefig(path, dpi=80)
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=80))
