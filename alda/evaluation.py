@@ -576,7 +576,8 @@ def write_predictions(
 def main(argv: list[str] | None = None) -> int:
     """The command line (see the top of this file); returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m alda.evaluation", description="Score checkpoints, export predictions."
+        prog="python -m alda.evaluation",
+        description="Score checkpoints, export predictions, compare runs.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (

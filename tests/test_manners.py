@@ -13,7 +13,17 @@ import pytest
 import torch
 from test_loop import arguments
 
-from alda import InputError, __version__, acquisition, evaluation, loop, losses, run, settings
+from alda import (
+    InputError,
+    __main__,
+    __version__,
+    acquisition,
+    evaluation,
+    loop,
+    losses,
+    run,
+    settings,
+)
 from alda.annotation import Rounds, ledger
 
 ROOT = Path(__file__).parent.parent
@@ -245,6 +255,35 @@ def test_a_scripts_run_is_resumed_by_the_script(tiny_world, tmp_path):
 def test_without_a_script_alda_loop_resumes(started, monkeypatch):
     monkeypatch.setattr(sys, "argv", [started])
     assert run.resume_line(Path("a b")) == "python -m alda.loop --resume --out 'a b'"
+
+
+def test_readme_help_and_the_list_of_commands_agree(monkeypatch, capsys):
+    """Every command of the README is understood without a note, every option and strategy is there."""
+    text = (ROOT / "README.md").read_text()
+    for name in ("_command", "compare"):
+        monkeypatch.setattr(evaluation, name, lambda args: 0)
+    commands = re.findall(r"(?:python|torchrun \S+ \S+) -m alda\.(\w+)([^#`\n]*)", text)
+    commands += [
+        ("loop", words) for words in re.findall(r"`(--strategy (?!confidence)[^`]*)`", text)
+    ]
+    assert len(commands) > 10 and {name for name, _ in commands} == {"loop", "evaluation"}
+    for name, words in commands:
+        if name == "loop":
+            settings.parse(words.split())
+        else:
+            assert evaluation.main(words.split()) == 0
+        assert capsys.readouterr().err == "", words
+    for words in (["predict", "--help"], ["compare", "--help"], ["score", "--help"]):
+        with pytest.raises(SystemExit):
+            evaluation.main(words)
+    with pytest.raises(SystemExit):
+        settings.parse(["--help-all"])
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    assert set(re.findall(r"(?<=[ `])--[a-z-]+(?!\w)", text)) <= known
+    for name in settings.STRATEGIES:
+        assert re.search(rf"`(--strategy )?{name}[ `]", text), name
+    assert set(__main__.COMMANDS) == {"loop", "evaluation", "toy"}
+    assert "alda.loop --root toy --strategy ripu" in text
 
 
 def test_the_readme_is_a_front_page():
