@@ -538,8 +538,8 @@ def locked(out: Path):
     when the process ends, however it ends. Gives the folders that were made, `out` first. Raises
     InputError where another process holds it, or the folder cannot be made."""
     path = out / "run.lock"
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
     except OSError as error:
