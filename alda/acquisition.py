@@ -86,6 +86,12 @@ def check_prob(prob: torch.Tensor) -> None:
         )
 
 
+def check_radius(k: int) -> None:
+    """Raises ValueError, in one line, for a radius below 0."""
+    if k < 0:
+        raise ValueError(f"k must be at least 0, got {k}")
+
+
 # ------------------------------------------------------------------------------------------- scores
 
 
@@ -264,6 +270,7 @@ def box_sum(values: torch.Tensor, k: int) -> torch.Tensor:
 
     uint8 counts of 0/1 maps are widened as far as (2k+1)^2 needs; float maps stay float32.
     """
+    check_radius(k)
     k = min(k, max(values.shape[-2:]))  # a larger window holds no more
     width = 2 * k + 1
     for dim, largest in ((-1, width), (-2, width * width)):
@@ -296,6 +303,7 @@ def _window_sum(values: torch.Tensor, k: int, dim: int) -> torch.Tensor:
 
 def region_area(shape: tuple[int, int], k: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """|N_k(i)|: how many pixels of the region lie in the image, (H,W) float32."""
+    check_radius(k)
 
     def extent(n: int) -> torch.Tensor:
         i = torch.arange(n, device=device)
@@ -366,12 +374,13 @@ def select_regions(
     for name, values in (("score", score), ("blocked", blocked), ("tie_break", tie_break)):
         if values is not None:
             check_tensor(values, name)
-    wrong = score.dim() != 2 or count < 0 or block_radius < 0
+    check_radius(block_radius)
+    wrong = score.dim() != 2 or count < 0
     if wrong or any(x is not None and x.shape[-2:] != score.shape for x in (blocked, tie_break)):
         shapes = [None if x is None else tuple(x.shape) for x in (score, blocked, tie_break)]
         raise ValueError(
-            "needs one (H,W) score, blocked and tie_break alike, count and radius at least 0; got "
-            f"{shapes[0]}, blocked {shapes[1]}, tie_break {shapes[2]}, {count}, {block_radius}"
+            "needs one (H,W) score, blocked and tie_break alike, a count of at least 0; got "
+            f"{shapes[0]}, blocked {shapes[1]}, tie_break {shapes[2]}, {count}"
         )
     height, width = score.shape
     block_radius = min(block_radius, max(height, width))  # a larger one blocks no more

@@ -190,7 +190,7 @@ def write_atomic(path: Path, content) -> None:
         work.unlink(missing_ok=True)
         raise InputError(
             f"{path}: cannot be written ({_first_line(error)}): is the disk full, or its folder "
-            "removed? what was there before is kept; make room and go on with --resume"
+            "removed? what was there before is kept; make room and start again, a run with --resume"
         ) from None
 
 

@@ -18,11 +18,14 @@ Differences from papers and official code:
 import argparse
 import csv
 import hashlib
+import io
 import json
 import math
+import re
 import statistics
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,6 +46,7 @@ from alda.datasets import (
     read_json,
     resize_image,
     to_label_ids,
+    write_atomic,
 )
 from alda.distributed import all_reduce, broadcast_buffers, share
 from alda.pictures import new_figure
@@ -419,7 +423,8 @@ def recipe(s: dict) -> str:
     )
     kept = {name: value for name, value in s.items() if name not in free}
     if "init" in kept:
-        kept["init"] = str(kept["init"]).replace(str(s["seed"]), "SEED")
+        seed = rf"(?<!\d)(?<!gta){s['seed']}(?!\d)"  # as a number of its own: not in gta5
+        kept["init"] = re.sub(seed, "SEED", str(kept["init"]))
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -516,7 +521,20 @@ def comparison_picture(runs: list[str], rows: list[dict], path: Path) -> None:
     axes.set_ylabel("mIoU19 [%]" + (" (TOY)" if any(row["toy"] for row in rows) else ""))
     axes.set_title("; ".join(sorted({row["protocol"] for row in rows})), fontsize=8)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    kind = path.suffix.lstrip(".") or "png"
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise InputError(f"--plot {path}: give a name that ends in .png, .pdf or .svg")
+    write_output(path, lambda file: figure.savefig(file, format=kind, dpi=120))
+
+
+def write_output(path: Path, write) -> None:
+    """Calls `write` with the open binary file that --json, --csv or --plot names: whole or not there;
+    links and what is no plain file (/dev/stdout, a pipe) are written in place."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        with open(path, "wb") as file:
+            write(file)
+    else:
+        write_atomic(path, write)
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -525,10 +543,11 @@ def compare(args: argparse.Namespace) -> int:
     print(comparison_text(rows))
     if args.csv:
         fields = list(dict.fromkeys(key for row in rows for key in row))
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, fields)
-            writer.writeheader()
-            writer.writerows(rows)
+        table = io.StringIO()
+        writer = csv.DictWriter(table, fields)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_output(args.csv, lambda file: file.write(table.getvalue().encode()))
     if args.plot:
         comparison_picture(args.runs, rows, args.plot)
     return 0
@@ -574,14 +593,16 @@ def write_predictions(
             .cpu()
             .numpy()
         )
-        Image.fromarray(to_label_ids(prediction)).save(folder / f"{sample.id}_pred_labelIds.png")
+        picture = Image.fromarray(to_label_ids(prediction))
+        write_atomic(folder / f"{sample.id}_pred_labelIds.png", partial(picture.save, format="PNG"))
     return len(dataset)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line (see the top of this file); returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m alda.evaluation", description="Score checkpoints, export predictions."
+        prog="python -m alda.evaluation",
+        description="Score checkpoints, export predictions, compare runs.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
@@ -698,7 +719,8 @@ def _command(args: argparse.Namespace) -> int:
     }
     print(describe(result))
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+        text = json.dumps(result, indent=1)
+        write_output(args.json, lambda file: file.write(text.encode()))
     return 0
 
 

@@ -86,6 +86,7 @@ from alda.run import (
     Run,
     Stopped,
     batches,
+    leave_nothing,
     locked,
     mixed_batches,
     next_batch,
@@ -653,7 +654,8 @@ def pixels_of(dataset) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line (see the top of this file); returns the exit status: 0 done, 2 bad usage or
-    input, 143 after SIGTERM or SIGUSR1. Ctrl-C passes through, after the line that resumes."""
+    input, 143 after SIGTERM or SIGUSR1. Ctrl-C ends the process with status 130, after the line that
+    resumes; callers that give `argv` get the KeyboardInterrupt."""
     out = None
     try:
         with ExitStack() as held:
@@ -678,24 +680,27 @@ def main(argv: list[str] | None = None) -> int:
         # what the checkpoints and rounds hold is kept, see run.Stop
         kept = out is not None and (out / "config.json").is_file()
         print(f"stopped{': ' + resume_line(out) + ' goes on' if kept else ''}", file=sys.stderr)
-        if isinstance(stop, KeyboardInterrupt):
-            raise
-        return 143
+        if isinstance(stop, Stopped):
+            return 143
+        if argv is None:
+            raise SystemExit(130) from None
+        raise
 
 
 @contextmanager
 def ready_folder(s: Settings, out: Path):
     """Holds the lock of the run's folder, and makes its config.json; a run that fails before it has
-    written anything else takes that away again: the folder stays free for the next try."""
-    with locked(out):
+    written anything else takes that away again, and the folder where it made it."""
+    with locked(out) as made:
         new = not (out / "config.json").exists()
-        if s.root == "toy":
-            toy.ensure("toy")
         try:
+            if s.root == "toy":
+                toy.ensure("toy")
             yield prepare(s)
         except (InputError, FloatingPointError, OSError):
             if new and not any((out / part).exists() for part in TRACES):
                 (out / "config.json").unlink(missing_ok=True)
+                leave_nothing(out, made)
             raise
 
 
@@ -733,7 +738,4 @@ def run_strategy(s: Settings, out: Path, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(main())

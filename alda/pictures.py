@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from alda.datasets import CLASSES, NUM_CLASSES, colourise
+from alda.datasets import CLASSES, NUM_CLASSES, colourise, write_atomic
 
 NOW, EARLIER = (255, 225, 0), (0, 190, 255)  # picks of this round, and of the rounds before
 ROUNDS = ((255, 225, 0), (255, 140, 0), (230, 60, 60), (190, 60, 200), (90, 90, 255), (0, 190, 255))
@@ -97,7 +97,7 @@ def draw_legend(picture: Image.Image, top: int) -> None:
 def save_sheet(panels: dict, path: Path) -> None:
     """Writes a `sheet` of panels as a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet(panels).save(path)
+    write_atomic(path, lambda file: sheet(panels).save(file, "PNG"))
 
 
 def save_round(panels: dict, now: torch.Tensor, before: torch.Tensor, path: Path) -> None:
@@ -111,18 +111,22 @@ def save_round(panels: dict, now: torch.Tensor, before: torch.Tensor, path: Path
 
 
 def bars(values: dict[str, int], size: tuple[int, int]) -> Image.Image:
-    """A bar for each class, in its colour, of its share of all `values`; `size` is (H, W)."""
+    """A bar for each class, in its colour, of its share of all `values`; `size` is (H, W). In two
+    columns where the names would be crowded in one."""
     picture = Image.new("RGB", (size[1], size[0]), "white")
     draw, total = ImageDraw.Draw(picture), max(1, sum(values.values()))
-    largest, font = max(1, *values.values()), ImageFont.load_default(10)
-    step = (size[0] - 4) / len(values)
+    largest, font = max(1, *values.values()), ImageFont.load_default(11)
+    columns = 1 if size[0] >= 15 * len(values) else 2
+    rows, width = -(-len(values) // columns), size[1] // columns
+    step = (size[0] - 4) / rows
     for i, (name, value) in enumerate(values.items()):
-        y = 2 + i * step
-        length = (size[1] - 150) * value / largest
+        x, y = i // rows * width, 2 + i % rows * step
+        length = (width - 122) * value / largest
         colour = CLASSES[i].colour if len(values) == NUM_CLASSES else (90, 90, 90)
-        draw.text((2, y - 1), name, fill="black", font=font)
-        draw.rectangle((80, y, 80 + length, y + max(1, step - 2)), fill=colour)
-        draw.text((84 + length, y - 1), f"{100 * value / total:.1f} %", fill="black", font=font)
+        draw.text((x + 2, y + step / 2), name, fill="black", font=font, anchor="lm")
+        draw.rectangle((x + 76, y + 1, x + 76 + length, y + max(1, step - 3)), fill=colour)
+        share = f"{100 * value / total:.1f} %"
+        draw.text((x + 80 + length, y + step / 2), share, fill="black", font=font, anchor="lm")
     return picture
 
 
@@ -196,7 +200,7 @@ def class_picture(classes: dict[str, int], path: Path, balanced: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing = new_figure((9, 3))
     if drawing is None:
-        bars(classes, (320, 640)).save(path)
+        write_atomic(path, lambda file: bars(classes, (320, 640)).save(file, "PNG"))
         return
     figure, axes = drawing
     total = max(1, sum(classes.values()))
@@ -209,4 +213,4 @@ def class_picture(classes: dict[str, int], path: Path, balanced: bool) -> None:
     axes.set_xticks(range(NUM_CLASSES), classes, rotation=60, ha="right")
     axes.set_ylabel("share of labelled pixels")
     axes.legend()
-    figure.savefig(path, dpi=80)
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=80))

@@ -160,7 +160,7 @@ class Run:
         ] = []  # the losses of the steps since the last progress line, on the device
         self.names: list[str] = []
         self.lines = 0  # of metrics.jsonl
-        self.clock = None
+        self.clock, self.timed = None, 0  # when this process began its first step; its steps so far
         # scores of the loops that are done (STAL), and before the first round; kept in checkpoints
         self.scores: list[dict] = []
         self.before: dict | None = None
@@ -188,6 +188,7 @@ class Run:
         """Every group's rate for this step: --lr times the group's own factor (head: 10) times
         `factor`. The step has begun: signals wait for its end, see Stop."""
         STOP.unsaved = True
+        self.clock = self.clock or time.time()
         for group in self.optimizer.param_groups:
             group["lr"] = self.s.lr * group["factor"] * factor
 
@@ -219,14 +220,14 @@ class Run:
         rows = [torch.stack([part[name] for name in self.names]).detach() for part in losses]
         self.history.append(rows[0] if len(rows) == 1 else torch.stack(rows).mean(0))
         s = self.s
-        if self.clock is None:
-            self.clock = (step - 1, time.time())
-        if step % s.log_every and step != s.steps:
+        self.timed += 1
+        every = min(s.log_every, max(2, s.steps // 10))  # short runs show their first steps, too
+        if step % every and step != s.steps:
             return
         values = self.finite_losses(step)
         self.history = []
         means = dict(zip(self.names, values.mean(0).tolist(), strict=True))
-        rate = (step - self.clock[0]) / (time.time() - self.clock[1])
+        rate = self.timed / (time.time() - self.clock)
         eta = (s.steps - step) / rate
         memory = memory_in_use(self.device)
         line = {
@@ -470,8 +471,12 @@ STOP = Stop()
 
 
 def resume_line(out: Path) -> str:
-    """The command that goes on with a run."""
-    return f"python -m alda.loop --resume --out {shlex.quote(str(out))}"
+    """The command that goes on with a run: the script's own where a script began it, which may have
+    brought a score of its own."""
+    script, loop = Path(sys.argv[0]), Path(__file__).with_name("loop.py")
+    own = script.suffix == ".py" and script.is_file() and not script.samefile(loop)
+    start = shlex.quote(str(script)) if own else "-m alda.loop"
+    return f"python {start} --resume --out {shlex.quote(str(out))}"
 
 
 @contextmanager
@@ -569,10 +574,11 @@ if hasattr(os, "register_at_fork"):
 @contextmanager
 def locked(out: Path):
     """Makes the run's folder and holds its lock: no other process writes there. The kernel frees it
-    when the process ends, however it ends. Raises InputError where another process holds it, or the
-    folder cannot be made."""
+    when the process ends, however it ends. Gives the folders that were made, `out` first. Raises
+    InputError where another process holds it, or the folder cannot be made."""
     path = out / "run.lock"
     try:
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
     except OSError as error:
@@ -582,10 +588,21 @@ def locked(out: Path):
     try:
         take_lock(descriptor, out)
         HELD[path] = descriptor
-        yield
+        check_folder(out)  # the file may be one that a start which failed has just removed
+        yield made
     finally:
         HELD.pop(path, None)
         os.close(descriptor)
+
+
+def leave_nothing(out: Path, made: list[Path]) -> None:
+    """After a start that failed, while it holds the lock: removes run.lock where nothing else lies in
+    the folder, and of the folders that were `made` those that are empty."""
+    with suppress(OSError):
+        if [path.name for path in out.iterdir()] == ["run.lock"]:
+            (out / "run.lock").unlink()
+            for folder in made:
+                folder.rmdir()
 
 
 def take_lock(descriptor: int, out: Path) -> None:
@@ -618,8 +635,8 @@ def check_folder(out: Path) -> None:
         there = False
     if not there:
         raise InputError(
-            f"{out}: was removed or replaced during the run; nothing more is written, start anew "
-            "with another --out"
+            f"{out}: was removed or replaced meanwhile; nothing more is written to it, start anew, "
+            "perhaps with another --out"
         )
 
 

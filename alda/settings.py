@@ -161,7 +161,9 @@ class Settings:
         choices=("balanced", "uniform"),
         read_by=SCHEDULED,
     )
-    log_every: int = option(50, "schedule", "steps between progress lines", low=1)
+    log_every: int = option(
+        50, "schedule", "steps between progress lines; in a short run a tenth of all", low=1
+    )
     checkpoint_every: int = option(1000, "schedule", "steps between checkpoints", low=1)
 
     budget: float = option(
@@ -684,7 +686,8 @@ def help_text(field: dataclasses.Field) -> str:
     """An option's help: its meaning, its default, and the strategies' own defaults."""
     tables = {**PAPER, "source-free": SOURCE_FREE, "root toy": TOY}
     defaults = [] if field.default == "" else [f"{field.default}"]
-    own = [f"{name} {table[field.name]}" for name, table in tables.items() if field.name in table]
+    own = {name: table[field.name] for name, table in tables.items() if field.name in table}
+    own = [f"{name} ''" if value == "" else f"{name} {value}" for name, value in own.items()]
     defaults += [", ".join(own)] if own else []
     text = field.metadata["help"]
     return f"{text} [{'; '.join(defaults)}]" if defaults else text

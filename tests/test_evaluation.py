@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +228,23 @@ def test_predict_command_writes_cityscapes_ids(run, tiny_world, capsys, tmp_path
     assert set(np.unique(ids)) <= {c.cityscapes_id for c in CLASSES}
 
 
+def no_space(descriptor):
+    """A disk that is full when a file is flushed to it."""
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_leaves_scores_and_predictions_as_they_were(
+    run, tiny_world, tmp_path, monkeypatch, capsys
+):
+    score = tmp_path / "score.json"
+    score.write_text("before")
+    monkeypatch.setattr(os, "fsync", no_space)
+    for words in (["score", "--json", str(score)], ["predict", "--to", str(tmp_path / "to")]):
+        assert E.main([*words, str(run[0]), "--root", str(tiny_world), "--size", "64x32"]) == 2
+        assert "cannot be written" in capsys.readouterr().err
+    assert score.read_text() == "before" and not list((tmp_path / "to").iterdir())
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
@@ -323,6 +341,56 @@ def test_compare_lays_runs_side_by_side(tmp_path, capsys):
         and rows[0]["IoU train"] == ""
     )
     assert np.array(Image.open(files["--plot"]).convert("RGB")).std() > 5
+
+
+def test_a_full_disk_leaves_tables_and_pictures_as_they_were(tmp_path, monkeypatch, capsys):
+    run = finished(tmp_path / "a")
+    for option, name in (("--csv", "t.csv"), ("--plot", "p.png"), ("--plot", "p.svg")):
+        path = tmp_path / name
+        path.write_text("before")
+        with monkeypatch.context() as full:
+            full.setattr(os, "fsync", no_space)
+            assert E.main(["compare", run, option, str(path)]) == 2
+        error = capsys.readouterr().err
+        assert f"{path}: cannot be written" in error and error.count("\n") == 1
+        assert path.read_text() == "before"
+        assert E.main(["compare", run, option, str(path)]) == 0
+        assert path.stat().st_size > 100 and not list(tmp_path.glob("*.incomplete"))
+    assert E.main(["compare", run, "--plot", str(tmp_path / "p.foo")]) == 2
+    assert "ends in .png" in capsys.readouterr().err
+
+
+def test_a_table_goes_into_a_pipe_or_through_a_link(tmp_path):
+    """/dev/stdout is such a link: it is never replaced."""
+    run, link, pipe = finished(tmp_path / "a"), tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(tmp_path / "t.csv")
+    assert E.main(["compare", run, "--csv", str(link)]) == 0
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    assert E.main(["compare", run, "--csv", str(pipe)]) == 0
+    assert link.is_symlink() and pipe.is_fifo()
+    assert os.read(reader, 10**6) == (tmp_path / "t.csv").read_bytes() != b""
+    os.close(reader)
+
+
+@pytest.mark.parametrize(
+    "first,second,alike",
+    [
+        ((0, "start-0.pt"), (1, "start-1.pt"), True),
+        (
+            (5, "runs/source-only-gta5-cityscapes-5"),
+            (4, "runs/source-only-gta5-cityscapes-4"),
+            True,
+        ),
+        ((2, "seed2/step12.pt"), (3, "seed3/step12.pt"), True),  # 12 is no 2
+        ((1, "runs/112.pt"), (3, "runs/332.pt"), False),  # two starts, whatever the seeds
+        ((1, "step10.pt"), (3, "step30.pt"), False),
+        ((0, "start-7.pt"), (1, "start-8.pt"), False),
+    ],
+)
+def test_a_start_counts_without_the_seed_as_a_number(first, second, alike):
+    found = {E.recipe({"seed": seed, "init": path}) for seed, path in (first, second)}
+    assert (len(found) == 1) == alike
 
 
 def test_means_are_over_runs_that_differ_in_the_seed_alone(tmp_path):

@@ -1,6 +1,9 @@
 """Wrong input is told in one line; the command line says what it does; the README's code runs."""
 
+import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +13,17 @@ import pytest
 import torch
 from test_loop import arguments
 
-from alda import __version__, acquisition, evaluation, loop, losses, settings
+from alda import (
+    InputError,
+    __main__,
+    __version__,
+    acquisition,
+    evaluation,
+    loop,
+    losses,
+    run,
+    settings,
+)
 from alda.annotation import Rounds, ledger
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +72,14 @@ def test_scores_take_any_number_of_classes():
         (lambda: acquisition.paint(torch.tensor([[0, -1]]), 1, (4, 4)), "outside the 4x4 image"),
         (lambda: acquisition.paint(torch.tensor([[4, 0]]), 1, (4, 4)), "outside the 4x4 image"),
         (lambda: acquisition.paint(torch.rand(3, 2), 1, (4, 4)), r"integers \(n,2\)"),
+        (lambda: acquisition.ripu_score(LOGITS, k=-1), "k must be at least 0, got -1"),
+        (lambda: acquisition.pixel_score(LOGITS, k=-1), "k must be at least 0, got -1"),
+        (lambda: acquisition.region_mean(LOGITS[0], -1), "k must be at least 0, got -1"),
+        (lambda: acquisition.region_area((3, 4), -1), "k must be at least 0, got -1"),
+        (lambda: acquisition.select_regions(LOGITS[0, 0], 3, -1), "must be at least 0, got -1"),
+        (lambda: acquisition.select_regions(LOGITS[0, 0], -3, 1), "count of at least 0; got"),
+        (lambda: acquisition.dilate(LABELS[0], -1), "k must be at least 0, got -1"),
+        (lambda: acquisition.paint(torch.tensor([[0, 1]]), -1, (4, 4)), "k must be at least 0"),
         (lambda: losses.cross_entropy(LOGITS.numpy(), LABELS), "torch.from_numpy"),
         (lambda: losses.cross_entropy(LOGITS, LABELS[:1]), "integer labels"),
         (lambda: losses.local_consistency(LOGITS, LABELS[:, :3]), "integer labels"),
@@ -127,6 +148,7 @@ def test_help_is_short_and_help_all_is_not(capsys):
     assert "--strategy" in short and "--ohem-pixels" not in short and "--ohem-pixels" in full
     assert len(short.splitlines()) < 100 < len(full.splitlines())
     assert "stal 4" in short  # each strategy's own defaults
+    assert "cbst ''" in full and not re.search(r"[\w-] +,|, *[\];]", re.sub(r"\s+", " ", full))
     assert "cbst 0.0001" in full and "25%..45% of steps" in full
 
 
@@ -159,6 +181,18 @@ def test_a_crop_that_no_image_fills_is_said(capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("steps,log_every,first", [(12, 50, 2), (30, 50, 3), (8, 1, 1)])
+def test_a_short_run_shows_its_first_steps(steps, log_every, first, tiny_world, tmp_path):
+    """A tenth of all steps, or two, at most between two lines; the rate counts the first step's time, too."""
+    words = arguments(
+        tiny_world, tmp_path, strategy="source-only", steps=steps, log_every=log_every
+    )
+    assert loop.main(words) == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(first, steps + 1, first))
+    assert 0 < lines[0]["steps_per_s"] < 500
+
+
 # --------------------------------------------------------------------------------------------- the README
 
 
@@ -189,6 +223,69 @@ def test_a_new_score_is_a_strategy(tiny_world, tmp_path):
     assert '"confidence"' in (tmp_path / "out/config.json").read_text()
 
 
+def test_a_scripts_run_is_resumed_by_the_script(tiny_world, tmp_path):
+    """A script brings its score: the line that resumes names it, and Ctrl-C ends it quietly."""
+    score = next(block for block in blocks("python") if "SCORES[" in block)
+    last = "import os, signal, torch\nfrom alda.loop import main\n"
+    stop = (  # Ctrl-C in step 3
+        "real, seen = torch.optim.SGD.step, []\n"
+        "def step(*args, **kwargs):\n"
+        "    seen.append(0)\n"
+        "    if len(seen) == 3:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return real(*args, **kwargs)\n"
+        "torch.optim.SGD.step = step\n"
+    )
+    script, out = tmp_path / "my score.py", tmp_path / "out"
+    options = {"strategy": "confidence", "steps": 4, "query_steps": "1,2", "checkpoint_every": 1}
+    words = arguments(tiny_world, out, **options)
+    script.write_text(f"{score}\n{last}{stop}main()\nprint('on')\n")
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    kinds = {"capture_output": True, "text": True, "env": {**os.environ, "PYTHONPATH": path}}
+    done = subprocess.run([sys.executable, script.name, *words], cwd=tmp_path, **kinds)
+    assert done.returncode == 130 and "on" not in done.stdout.splitlines()
+    assert done.stderr == f"stopped: python 'my score.py' --resume --out {out} goes on\n"
+    script.write_text(f"{score}\n{last}main()\n")
+    line = done.stderr.removeprefix("stopped: python ").removesuffix(" goes on\n")
+    done = subprocess.run([sys.executable, *shlex.split(line)], cwd=tmp_path, **kinds)
+    assert done.returncode == 0 and (out / "result.json").is_file(), done.stderr[-500:]
+
+
+@pytest.mark.parametrize("started", ["-c", "pytest", loop.__file__])
+def test_without_a_script_alda_loop_resumes(started, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [started])
+    assert run.resume_line(Path("a b")) == "python -m alda.loop --resume --out 'a b'"
+
+
+def test_readme_help_and_the_list_of_commands_agree(monkeypatch, capsys):
+    """Every command of the README is understood without a note, every option and strategy is there."""
+    text = (ROOT / "README.md").read_text()
+    for name in ("_command", "compare"):
+        monkeypatch.setattr(evaluation, name, lambda args: 0)
+    commands = re.findall(r"(?:python|torchrun \S+ \S+) -m alda\.(\w+)([^#`\n]*)", text)
+    commands += [
+        ("loop", words) for words in re.findall(r"`(--strategy (?!confidence)[^`]*)`", text)
+    ]
+    assert len(commands) > 10 and {name for name, _ in commands} == {"loop", "evaluation"}
+    for name, words in commands:
+        if name == "loop":
+            settings.parse(words.split())
+        else:
+            assert evaluation.main(words.split()) == 0
+        assert capsys.readouterr().err == "", words
+    for words in (["predict", "--help"], ["compare", "--help"], ["score", "--help"]):
+        with pytest.raises(SystemExit):
+            evaluation.main(words)
+    with pytest.raises(SystemExit):
+        settings.parse(["--help-all"])
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    assert set(re.findall(r"(?<=[ `])--[a-z-]+(?!\w)", text)) <= known
+    for name in settings.STRATEGIES:
+        assert re.search(rf"`(--strategy )?{name}[ `]", text), name
+    assert set(__main__.COMMANDS) == {"loop", "evaluation", "toy"}
+    assert "alda.loop --root toy --strategy ripu" in text
+
+
 def test_the_readme_is_a_front_page():
     text = (ROOT / "README.md").read_text()
     assert len(text.encode()) <= 12_000
@@ -212,6 +309,71 @@ def test_differences_have_unique_numbers_and_the_readme_names_their_homes():
         for number in range(int(first), int(last or first) + 1):
             found[str(number)] = f"{module}.py"
     assert found == homes
+
+
+WRONG_STARTS = [
+    {"root": "nowhere"},
+    {"src": "synthia", "root": "partly"},  # holds gta5 alone
+    {"root": "partly"},
+    {"init": "nothing.pt"},
+    {"strategy": "cbst", "init": "nothing.pt"},
+    {"strategy": "stal", "budget": 0.9, "rounds": 40},
+    {"root": "toy"},  # ./toy is no miniature world
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG_STARTS, ids=str)
+def test_a_start_that_fails_leaves_no_folder(wrong, tiny_world, tmp_path, monkeypatch, capsys):
+    wrong = {"strategy": "ripu", **wrong}
+    monkeypatch.chdir(tmp_path)
+    Path("partly").mkdir()
+    Path("partly/gta5").symlink_to(tiny_world / "gta5")
+    Path("toy").mkdir()
+    Path("toy/mine.txt").write_text("mine")
+    Path("empty/inner").mkdir(parents=True)
+    Path("notes").mkdir()
+    Path("notes/mine.txt").write_text("mine")
+
+    def files():
+        return sorted(str(path) for path in Path().rglob("*"))
+
+    before = files()
+    for out in ("runs/new/a", "empty/inner", "empty/inner/b", "notes/c"):
+        assert loop.main(arguments(tiny_world, out, **wrong)) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+        assert files() == before, out
+    assert loop.main(arguments(tiny_world, "notes", **wrong)) == 2
+    assert files() == sorted([*before, "notes/run.lock"])  # not alone there: it stays
+    assert Path("notes/mine.txt").read_text() == "mine"
+
+
+def test_a_failed_start_removes_no_folder_that_another_takes(tiny_world, tmp_path, monkeypatch):
+    """Between the removal of run.lock and of its folder another start may come."""
+    out, other = tmp_path / "out", []
+    real = Path.unlink
+
+    def unlink(path, **kwargs):
+        real(path, **kwargs)
+        if path.name == "run.lock":
+            other.append(path.touch())
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    assert loop.main(arguments(tmp_path / "nowhere", out, strategy="ripu")) == 2
+    assert other and [path.name for path in out.iterdir()] == ["run.lock"]
+
+
+def test_a_lock_file_that_a_failed_start_removed_locks_nothing(tmp_path, monkeypatch):
+    """It was opened before its removal, and locked after it: two runs would hold two files."""
+    real = run.take_lock
+
+    def late(descriptor, out):
+        (out / "run.lock").unlink()
+        real(descriptor, out)
+
+    monkeypatch.setattr(run, "take_lock", late)
+    with pytest.raises(InputError, match="removed or replaced meanwhile"), run.locked(tmp_path):
+        raise AssertionError("it holds a lock that the next start does not see")
+    assert not run.HELD
 
 
 def test_a_resume_without_a_run_starts_nothing(tmp_path, capsys, monkeypatch):

@@ -1,11 +1,14 @@
 """Sheets: every panel stands where it should, in its colours; picks of rounds are told apart; no matplotlib."""
 
 import builtins
+import os
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+from alda import InputError
 from alda import pictures as P
 from alda.datasets import CLASSES, NAMES
 
@@ -52,6 +55,41 @@ def test_picks_of_this_round_and_of_earlier_ones_have_their_colours():
         IMAGE, [now], [P.NOW], (20, 40)
     )  # smaller than the image: the pixel is still seen
     assert (small[0] > 100).sum() == 9
+
+
+def test_the_names_beside_the_bars_do_not_touch():
+    """In the panel of a story: two columns, each name a line of its own with white between."""
+    drawn = np.array(P.bars(dict.fromkeys(NAMES, 1), (165, 330)))
+    for left, number in ((0, 10), (165, 9)):
+        ink = (drawn[:, left : left + 70] < 200).any((1, 2))
+        assert (np.diff(ink.astype(int)) == 1).sum() == number
+        shares = (drawn[:, left + 130 : left + 165] < 200).any(2)
+        assert shares.any() and not shares[:, -1].any()  # they end inside their column
+
+
+def no_space(descriptor):
+    """A disk that is full when a file is flushed to it."""
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("matplotlib", [True, False])
+def test_a_full_disk_leaves_the_pictures_as_they_were(matplotlib, tmp_path, monkeypatch):
+    counts, panels = dict.fromkeys(NAMES, 1), {"image": IMAGE, "truth": IMAGE[0]}
+    if not matplotlib:
+        monkeypatch.setattr(P, "new_figure", lambda size: None)
+    calls = [
+        (tmp_path / "sheet.png", lambda path: P.save_sheet(panels, path)),
+        (tmp_path / "classes.png", lambda path: P.class_picture(counts, path, balanced=False)),
+    ]
+    for path, draw in calls:
+        path.write_text("before")
+        with monkeypatch.context() as full, pytest.raises(InputError, match="cannot be written"):
+            full.setattr(os, "fsync", no_space)
+            draw(path)
+        assert path.read_text() == "before"
+        draw(path)
+        Image.open(path).verify()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_bars_and_curves_without_matplotlib(tmp_path, monkeypatch):
