@@ -690,27 +690,75 @@ def leave_signals(worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
+class ImageCache:
+    """Images of one size on disk, decoded and resized, each kept when it is first read: a
+    memory-mapped file of (3,h,w) uint8 in `folder`, for every process that reads these images at this
+    size.
+
+    Its name holds the dataset's fingerprint: other images never read it. At most `most` bytes: images
+    beyond are decoded every time. Whether an image is there is a byte of its own, written after it.
+    """
+
+    def __init__(self, folder: Path, dataset: "SegmentationDataset", size, most: float):
+        self.dataset, self.size = dataset, tuple(size)
+        each = 3 * size[0] * size[1]
+        self.count = min(len(dataset), int(most // (each + 1)))
+        name = f"{dataset.name}-{dataset.fingerprint()['sha256'][:16]}-{size[1]}x{size[0]}"
+        self.path, self.bytes = Path(folder) / f"{name}-{self.count}.u8", self.count * (each + 1)
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as file:
+                file.truncate(self.bytes)
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot be made ({error.strerror}); give another --cache, or none"
+            ) from None
+        self.there = self.images = None
+
+    def image(self, index: int) -> torch.Tensor:
+        """The image at the cache's size, (3,h,w) uint8."""
+        if index >= self.count:
+            return resize_image(self.dataset.image(index), self.size)
+        if self.images is None:  # each process maps the file itself
+            content = np.memmap(self.path, np.uint8, "r+", shape=(self.bytes,))
+            self.there = content[: self.count]
+            self.images = content[self.count :].reshape(self.count, 3, *self.size)
+        if not self.there[index]:
+            self.images[index] = resize_image(self.dataset.image(index), self.size).numpy()
+            self.there[index] = 1
+        return torch.from_numpy(self.images[index].copy())
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "there": None, "images": None}
+
+
 class TrainingView(Dataset):
     """A dataset seen through a JointTransform, indexed by the (draw, index) pairs of
     EndlessSampler.
 
     The augmentation of a sample depends on the seed and its draw number alone, never on the process
-    that loads it: the same run gives the same bits with any number of workers. `labels_of(index)`,
-    where given, replaces the dataset's own labels ((H,W) uint8; for queried targets: the union of
-    the answers so far).
+    that loads it: the same run gives the same bits with any number of workers, and with `cache`
+    (images at the transform's size) or without. `labels_of(index)`, where given, replaces the
+    dataset's own labels ((H,W) uint8; for queried targets: the union of the answers so far).
     """
 
     def __init__(
-        self, dataset: SegmentationDataset, transform: JointTransform, seed: int, labels_of=None
+        self,
+        dataset: SegmentationDataset,
+        transform: JointTransform,
+        seed: int,
+        labels_of=None,
+        cache: ImageCache | None = None,
     ):
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.labels_of = labels_of or dataset.labels
+        self.image = cache.image if cache else dataset.image
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         draw, index = key
         low = self.seed & 0xFFFFFFFF  # 32 bits of a mixed seed, as the results so far
         generator = torch.Generator().manual_seed(mix_seed(low, draw))
-        return self.transform(self.dataset.image(index), self.labels_of(index), generator)
+        return self.transform(self.image(index), self.labels_of(index), generator)
 
 
 def truth_inside(dataset: SegmentationDataset, index: int) -> torch.Tensor:

@@ -50,6 +50,7 @@ from alda.datasets import (
 )
 from alda.distributed import all_reduce, broadcast_buffers, share
 from alda.pictures import new_figure
+from alda.settings import MAY_CHANGE
 
 # ------------------------------------------------------------------------------------------ measure
 
@@ -410,18 +411,7 @@ def comparison_row(run: str, result: dict, s: dict) -> dict:
 def recipe(s: dict) -> str:
     """Eight letters that two runs share exactly when their settings are equal in everything but the
     seed and what changes no result; a start of --init FILE counts without the seed in its path."""
-    free = (
-        "seed",
-        "out",
-        "root",
-        "resume",
-        "device",
-        "workers",
-        "threads",
-        "log_every",
-        "pictures",
-    )
-    kept = {name: value for name, value in s.items() if name not in free}
+    kept = {name: value for name, value in s.items() if name not in (*MAY_CHANGE, "seed")}
     if "init" in kept:
         seed = rf"(?<!\d)(?<!gta){s['seed']}(?!\d)"  # as a number of its own: not in gta5
         kept["init"] = re.sub(seed, "SEED", str(kept["init"]))

@@ -32,6 +32,7 @@ from alda import InputError, deeplab
 from alda.datasets import (
     LOST_WORKERS,
     EndlessSampler,
+    ImageCache,
     JointTransform,
     Mixture,
     SegmentationDataset,
@@ -44,13 +45,10 @@ from alda.datasets import (
     write_atomic,
 )
 from alda.distributed import all_reduce_number, barrier, mean_over_processes, rank_and_world
+from alda.settings import MAY_CHANGE
 
-# settings that may differ between a run and its resumption: where it runs and what it shows, not
-# what it computes (another device or number of threads sums floats in another order, so the bits
-# are then no longer the same)
 # what only a run writes: without a config.json beside it, nobody knows whose it is
 TRACES = ("checkpoints", "rounds", "pseudo", "source", "metrics.jsonl", "result.json")
-MAY_CHANGE = ("resume", "device", "workers", "threads", "log_every", "pictures", "out", "root")
 
 
 def batches(s, dataset: SegmentationDataset, step: int, stream: int, labels_of):
@@ -67,7 +65,10 @@ def batches(s, dataset: SegmentationDataset, step: int, stream: int, labels_of):
     rank, world = rank_and_world()
     sampler = EndlessSampler(len(dataset), mix_seed(s.seed, stream), rank, world, presence)
     sampler.load_state_dict({"position": step * s.batch})
-    view = TrainingView(dataset, transform_of(s, stream), mix_seed(s.seed, stream, 1), labels_of)
+    transform, cache = transform_of(s, stream), None
+    if s.cache and transform.size and transform.scale == (1.0, 1.0):
+        cache = ImageCache(Path(s.cache), dataset, transform.size, s.cache_gb * 1e9 / 2)
+    view = TrainingView(dataset, transform, mix_seed(s.seed, stream, 1), labels_of, cache)
     return iter(
         load(
             view,

@@ -1,6 +1,7 @@
 """Label spaces, readers, transforms and samplers."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -266,6 +267,36 @@ def test_joint_transform_moves_image_and_labels_together():
         white = x[0] > 127
         agreement = (white == (y == 1))[y != 255].float().mean()
         assert agreement > 0.95, (seed, agreement)
+
+
+def test_a_cache_gives_the_same_images_and_reads_each_file_once(tiny_world, tmp_path, monkeypatch):
+    """Bounded: what does not fit is decoded every time; other data has another file; a second process
+    finds what the first has kept."""
+    data = D.open_dataset("cityscapes", tiny_world)
+    size, each = (24, 40), 3 * 24 * 40 + 1
+    plain = [D.resize_image(data.image(i), size) for i in range(len(data))]
+    reads = []
+    image = D.SegmentationDataset.image
+    monkeypatch.setattr(
+        D.SegmentationDataset, "image", lambda self, i: reads.append(i) or image(self, i)
+    )
+    cache = D.ImageCache(tmp_path, data, size, 4 * each)
+    for _ in range(2):
+        assert all(torch.equal(cache.image(i), x) for i, x in enumerate(plain))
+    assert (
+        reads == [*range(len(data)), *range(4, len(data))] and cache.path.stat().st_size == 4 * each
+    )
+    again = pickle.loads(pickle.dumps(D.ImageCache(tmp_path, data, size, 4 * each)))
+    assert torch.equal(again.image(2), plain[2]) and len(reads) == 2 * len(data) - 4
+    again.image(2).zero_()
+    assert torch.equal(again.image(2), plain[2])
+    data.samples[0], data.samples[1] = data.samples[1], data.samples[0]
+    other = D.ImageCache(tmp_path, data, size, 4 * each)
+    assert other.path != cache.path and torch.equal(other.image(0), plain[1])
+    transform = D.JointTransform(size=size, crop=(16, 16), flip=True)
+    views = [D.TrainingView(data, transform, 7, cache=x) for x in (None, other)]
+    for draw in range(4):
+        assert all(torch.equal(a, b) for a, b in zip(*(v[draw, 1] for v in views), strict=True))
 
 
 def test_crop_pads_labels_with_ignore():

@@ -1,0 +1,187 @@
+"""Do the methods gain, as the papers say? Tables of RESULTS.md: rows, seeds, paired differences. Resumable.
+
+    python -m tests.benchmarks.evidence --world real --root DATA --init mobilenet_v2_imagenet.pth --rows random@0.005 ripu@0.005
+    python -m tests.benchmarks.evidence --world toy --init mobilenet_v2_imagenet.pth --rows full full:twice --seeds 0 1 2
+    python -m tests.benchmarks.evidence ... --only-table     # what is finished, nothing is run
+
+A row is STRATEGY[:VARIANT][+PSEUDO][@BUDGET]: `ripu@0.022`, `cbda:balance@0.05`, `ripu+cbst@0.022`, `stal:random@0.05`,
+`cbst`, `full`, `full:twice` (twice the steps). Every row starts from its seed's source-trained MobileNetV2 (`source-only`,
+trained once, kept in RUNS) and has the same steps, rates and images: one recipe, WORLDS below, chosen on `source-only` and
+`full` alone. A run that is finished is not run again, one that was stopped goes on. Differences are paired by seed: a row
+minus its neighbour of `--against` with the same budget, mean +- standard error over the seeds.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+WORLDS = {
+    "real": {
+        "sizes": ["--source-size", "160x90", "--target-size", "160x120"],
+        "crop": "160x90",
+        "source": ["--steps", "300", "--batch", "4", "--lr", "0.0025"],
+        "adapt": ["--steps", "250", "--poly-steps", "250", "--batch", "2", "--lr", "0.0025"],
+    },
+    "toy": {
+        "sizes": ["--root", "toy", "--source-size", "128x64", "--target-size", "128x64"],
+        "crop": "128x64",
+        "source": ["--steps", "300", "--batch", "4", "--lr", "0.0025"],
+        "adapt": ["--steps", "250", "--poly-steps", "250", "--batch", "2", "--lr", "0.0025"],
+    },
+}
+QUERIES = ["--query-steps", "0,20,40,60,80"]
+STAL = {  # the rows of the paper's ablation; images are drawn at random but for the last
+    "supervised": ["--unlabelled", "0", "--contrast", "0", "--image-queries", "random"],
+    "unlabelled": ["--contrast", "0", "--image-queries", "random"],
+    "random": ["--image-queries", "random"],
+    "": [],
+}
+SELF_TRAINING = ("st", "cbst", "cbst-sp")
+
+
+def train(folder: Path, options: list[str]) -> dict:
+    """Runs, resumes or only reads one run; its result.json."""
+    result = folder / "result.json"
+    if not result.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "alda.loop", "--resume", "--out", str(folder), *options]
+        with open(folder / "log.txt", "a") as log:
+            one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run(command, stdout=log, stderr=log, check=True, env=one_thread)
+    return json.loads(result.read_text())
+
+
+def split(row: str) -> tuple[str, str, str, str]:
+    """ "cbda:balance+cbst@0.05" -> ("cbda", "balance", "cbst", "0.05")."""
+    text, _, budget = row.partition("@")
+    text, _, pseudo = text.partition("+")
+    strategy, _, variant = text.partition(":")
+    return strategy, variant, pseudo, budget
+
+
+def adapt(args, common: list[str], row: str, seed: int) -> dict:
+    """One row from the seed's source-trained network."""
+    strategy, variant, pseudo, budget = split(row)
+    world = WORLDS[args.world]
+    start = args.runs / f"source-only-{seed}/checkpoints/last.pt"
+    options = [*common, "--strategy", strategy, "--init", str(start), "--seed", str(seed)]
+    options += [*world["adapt"]]
+    if strategy == "stal":
+        options += [
+            "--head",
+            "ripu",
+            "--crop",
+            world["crop"],
+            "--ohem-threshold",
+            "1",
+            "--bank",
+            "3000",
+        ]
+        options += ["--source-images", "0", "--protocol", "ripu", *STAL[variant]]
+        del options[options.index("--poly-steps") :][:2]
+    elif strategy in SELF_TRAINING:
+        options += ["--rounds", "4", "--crop", world["crop"], "--test-size", world["sizes"][-1]]
+        del options[options.index("--poly-steps") :][:2]
+    elif strategy != "full":
+        options += QUERIES
+    if variant == "twice":
+        options += ["--steps", "500", "--poly-steps", "500"]
+    options += ["--budget", budget] if budget else []
+    options += ["--cbda", variant] if strategy == "cbda" else []
+    options += ["--pseudo", pseudo] if pseudo else []
+    options += ["--teacher"] if variant == "teacher" else []
+    folder = args.runs / f"{row.replace(':', '-').replace('@', '-')}-{seed}"
+    return train(folder, options + args.extra)
+
+
+def spread(values: list[float]) -> str:
+    """Mean +- standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
+
+
+def paired(mine: dict, other: dict) -> str:
+    """The mean difference by seed +- its standard error."""
+    gaps = [mine[seed] - other[seed] for seed in mine if seed in other]
+    if len(gaps) < 2:
+        return ""
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps))
+    return f"{statistics.mean(gaps):+.1f} ± {error:.1f}"
+
+
+def print_table(results: dict[str, dict[int, dict]], against: str) -> None:
+    """A line a row: n, mean over the classes that occur, the five lowest, the difference, minutes."""
+    scores = {
+        row: {seed: 100 * r["mIoU19"] for seed, r in runs.items()} for row, runs in results.items()
+    }
+    print(f"| row | n | mIoU | 5 lowest classes | pixels asked | minus {against} | minutes |")
+    print("|---|---|---|---|---|---|---|")
+    for row, runs in results.items():
+        if not runs:
+            continue
+        _, _, _, budget = split(row)
+        other = scores.get(f"{against}@{budget}" if budget else against, {})
+        lowest = []
+        for r in runs.values():
+            values = sorted(v for v in r["IoU"].values() if v is not None)
+            lowest.append(100 * statistics.mean(values[:5]))
+        asked = statistics.mean(r["budget"]["asked"] for r in runs.values())
+        minutes = statistics.mean(r["wall_s"] for r in runs.values()) / 60
+        gap = "" if row.startswith(against) else paired(scores[row], other)
+        print(
+            f"| {row} | {len(runs)} | {spread([*scores[row].values()])} | {spread(lowest)} | {asked:,.0f} | "
+            f"{gap} | {minutes:.1f} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--world", choices=WORLDS, required=True)
+    parser.add_argument("--root", default="", help="data folder, where the world is real")
+    parser.add_argument("--init", required=True, help="ImageNet weights of MobileNetV2")
+    parser.add_argument("--rows", nargs="*", default=[])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--against", default="random")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--runs", type=Path, default=None, help="[runs/evidence-WORLD]")
+    parser.add_argument("--only-table", action="store_true")
+    parser.add_argument(
+        "--extra", nargs=argparse.REMAINDER, default=[], help="more options, of all rows"
+    )
+    args = parser.parse_args()
+    args.runs = args.runs or Path(f"runs/evidence-{args.world}")
+    world = WORLDS[args.world]
+    common = [*world["sizes"], *(["--root", args.root] if args.root else [])]
+    common += ["--net", "deeplabv3plus", "--backbone", "mobilenet_v2", "--threads", "1"]
+    common += ["--pictures", "0", "--workers", "0"]
+    jobs = [("source-only", seed) for seed in args.seeds]
+    jobs += [(row, seed) for row in args.rows for seed in args.seeds]
+    results: dict[str, dict[int, dict]] = {row: {} for row, _ in jobs}
+
+    def run(job):
+        row, seed = job
+        if args.only_table:
+            name = row.replace(":", "-").replace("@", "-")
+            path = args.runs / f"{name}-{seed}/result.json"
+            return json.loads(path.read_text()) if path.is_file() else None
+        if row != "source-only":
+            return adapt(args, common, row, seed)
+        options = ["--strategy", row, "--init", args.init, "--seed", str(seed), *world["source"]]
+        return train(args.runs / f"source-only-{seed}", common + options)
+
+    for part in (jobs[: len(args.seeds)], jobs[len(args.seeds) :]):  # every row needs its start
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for (row, seed), result in zip(part, pool.map(run, part), strict=True):
+                if result is not None:
+                    results[row][seed] = result
+    print_table(results, args.against)
+
+
+if __name__ == "__main__":
+    main()
