@@ -133,6 +133,7 @@ class Run:
     def __init__(self, s, out: Path, device: torch.device):
         self.s, self.out, self.device = s, out, device
         self.rank, world = rank_and_world()
+        self.half = s.precision == "bfloat16" or (s.precision == "auto" and has_bfloat16(device))
         self.network = network_of(s)
         self.model = self.fresh_model()
         # what training calls; under torchrun it averages the gradients
@@ -170,20 +171,16 @@ class Run:
         """The network with the weights of --init, in train mode, the same in every process."""
         torch.manual_seed(mix_seed(self.s.seed, 0))
         model = deeplab.build(**self.network, init=self.s.init).to(self.device).train()
-        if self.device.type == "cuda":
-            model = model.to(
-                memory_format=torch.channels_last
-            )  # what its half-precision units read
+        if self.half:  # the layout that bfloat16 units read
+            model = model.to(memory_format=torch.channels_last)
         if rank_and_world()[1] > 1:
             # every process has its own dropout
             torch.manual_seed(mix_seed(self.s.seed, 0, self.rank))
         return model
 
     def autocast(self):
-        """The context of forward passes: bfloat16 under --precision bfloat16, else nothing."""
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.s.precision == "bfloat16"
-        )
+        """The context of forward passes: bfloat16 where the run has it, else nothing."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
 
     def set_rate(self, factor: float) -> None:
         """Every group's rate for this step: --lr times the group's own factor (head: 10) times
@@ -520,6 +517,15 @@ def network_of(s) -> dict:
     if s.strategy == "stal":
         network |= {"representation": 256 if s.contrast else 0, "auxiliary": s.auxiliary > 0}
     return network
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has units for bfloat16: without, it is emulated, many times slower than
+    float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, n, bool)() for n in names)
 
 
 def memory_in_use(device: torch.device) -> float:

@@ -83,10 +83,11 @@ class Settings:
     )
     threads: int = option(0, "run", "CPU threads of torch; 0 leaves torch's choice", low=0)
     precision: str = option(
-        "float32",
+        "auto",
         "run",
-        "bfloat16: autocast in training and scoring; tests stay float32",
-        choices=("float32", "bfloat16"),
+        "of forward passes in training and scoring (tests are float32); auto: bfloat16, channels last, "
+        "where the device has units for it",
+        choices=("auto", "float32", "bfloat16"),
     )
     compile: bool = option(False, "run", "torch.compile the network (needs a C++ compiler)")
     resume: bool = option(False, "run", "go on from the last checkpoint of --out")

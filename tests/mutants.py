@@ -705,7 +705,7 @@ run | seed parts | the first weights do not depend on --seed
 +mix_seed(0, 0))
 +        model
 run | pixel-run parts | --precision bfloat16 is ignored
--enabled=self.s.precision == "bfloat16"
+-enabled=self.half
 +enabled=False
 run | source-free parts assembly | batch norm is live whatever the network starts from
 -batch_norm = "live" if s.init == "none" else "frozen"

@@ -36,6 +36,7 @@ SMALL = {
     "checkpoint_every": 3,
     "device": "cpu",
     "pictures": 1,
+    "precision": "float32",
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_loop import arguments, metric_lines
 
-from alda import loop, losses
+from alda import evaluation, loop, losses
 from alda.annotation import Rounds
 from alda.datasets import open_dataset
 
@@ -123,6 +123,59 @@ def test_a_loss_is_the_mean_over_the_pixels_of_all_processes(tmp_path):
         gradient[rank::2] = part
     assert (sum(total for _, total in parts) / 2 - expected).abs() < 1e-5
     assert (gradient - whole.grad).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("strategy", ["full", "cbst"])
+def test_a_step_in_parts_has_the_gradient_of_the_whole(
+    strategy, trained, tiny_world, tmp_path, monkeypatch
+):
+    """--accumulate: the mean over the parts of each part's loss. With a loss that divides by all
+    pixels (not the labelled ones, which parts have more or fewer of) that is the whole batch's."""
+    seen = []
+
+    def over_all_pixels(logits, labels):
+        seen.append(len(logits))
+        total = torch.nn.functional.cross_entropy(
+            logits, labels.long(), ignore_index=255, reduction="sum"
+        )
+        return total / labels.numel()
+
+    monkeypatch.setattr(loop, "cross_entropy", over_all_pixels)
+    states = []
+    for n in (1, 2):
+        options = {"strategy": strategy, "steps": 2, "rounds": 1, "batch": 4, "accumulate": n}
+        options |= {"batch_norm": "frozen", "init": str(trained), "log_every": 1}
+        out = tmp_path / str(n)
+        assert loop.main(arguments(tiny_world, out, **options)) == 0
+        states.append(torch.load(out / "checkpoints/last.pt", weights_only=True))
+        states[-1]["losses"] = [line["losses"] for line in metric_lines(out)]
+    assert set(seen) == {4, 2}
+    for name, value in states[0]["model"].items():
+        gap = (value.double() - states[1]["model"][name].double()).abs().max()
+        assert gap < 2e-6, (name, gap)
+    for a, b in zip(states[0]["losses"], states[1]["losses"], strict=True):
+        assert all(b[k] == pytest.approx(v, rel=1e-4) for k, v in a.items())
+
+
+def test_images_of_one_size_pass_together(tiny_world, monkeypatch):
+    """Groups of up to four in their order; a scored set is the same as one by one."""
+    sizes = [(4, 6), (4, 6), (4, 6), (4, 6), (4, 6), (6, 4), (4, 6)]
+    pairs = [(n, torch.full((3, *size), n, dtype=torch.uint8)) for n, size in enumerate(sizes)]
+    one_by_one = [indices for indices, _ in evaluation.same_sized(pairs, torch.device("cpu"))]
+    assert one_by_one == [[n] for n in range(7)]
+    monkeypatch.setitem(evaluation.TOGETHER, "cpu", 4)
+    groups = [*evaluation.same_sized(pairs, torch.device("cpu"))]
+    assert [indices for indices, _ in groups] == [[0, 1, 2, 3], [4], [5], [6]]
+    assert all(x[:, 0, 0, 0].tolist() == indices for indices, x in groups)
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(3, 19, 3, padding=1)
+    data, scores = open_dataset("cityscapes", tiny_world, "val"), []
+    for most in (1, 4):
+        monkeypatch.setitem(evaluation.TOGETHER, "cpu", most)
+        for protocol in ("ripu", "sliding"):
+            asked = evaluation.protocol_named(protocol, (32, 64), 40)
+            scores.append(evaluation.evaluate(model, data, asked, "cpu")["mIoU19"])
+    assert scores[:2] == pytest.approx(scores[2:], abs=1e-5)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tiny_world, tmp_path):
