@@ -33,6 +33,7 @@ import multiprocessing.util
 import os
 import signal
 import struct
+import time
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
@@ -50,6 +51,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.io import ImageReadMode, decode_image
 
 from alda import IGNORE, InputError
+from alda.distributed import say
 
 NO_TRUTH = 254  # in the truth of an unlabelled image: nobody knows this pixel's class; 255 is what a crop adds outside
 PSEUDO = (
@@ -630,6 +632,17 @@ class EachImage(Dataset):
         return self.read(index)
 
 
+def progress(items, total: int, what: str, every: float = 20.0):
+    """Yields `items`; passes that take long print a line each `every` seconds, on the first process."""
+    began = told = time.time()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.time()
+        if now - told >= every and done < total:
+            told, rate = now, done / (now - began)
+            say(f"{done}/{total} {what}, {rate:.1f} a second, {(total - done) / rate:.0f} s left")
+
+
 # parts of the messages with which torch reports loading processes that are lost, and what lost them
 LOST_WORKERS = (
     "exited unexpectedly",
@@ -894,4 +907,4 @@ def class_presence(dataset: SegmentationDataset, workers: int = 0) -> np.ndarray
     """Which image holds which class: (N,C) bool, from one read of every label file (published lists
     are not needed)."""
     rows = load(EachImage(len(dataset), dataset.classes), workers, batch_size=None)
-    return np.stack([row.numpy() for row in rows])
+    return np.stack([row.numpy() for row in progress(rows, len(dataset), "labels read")])

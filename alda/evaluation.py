@@ -43,6 +43,7 @@ from alda.datasets import (
     normalise,
     open_dataset,
     parse_size,
+    progress,
     read_json,
     resize_image,
     to_label_ids,
@@ -278,6 +279,7 @@ def evaluate(model, dataset: SegmentationDataset, protocol: Protocol, device, wo
     broadcast_buffers(model)
     own = share(range(len(dataset)))
     images = load(Subset(EachImage(len(dataset), dataset.image), own), workers, batch_size=None)
+    images = progress(images, len(own), "images scored")
     for indices, batch in same_sized(zip(own, images, strict=True), torch.device(device)):
         prediction = predict_prob(model, batch, protocol, device).argmax(1)
         for index, one in zip(indices, prediction, strict=True):

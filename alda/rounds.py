@@ -34,7 +34,15 @@ from torch.utils.data import Subset
 
 from alda import IGNORE, InputError, acquisition
 from alda.annotation import Rounds, begin_folder, complete_folder, ground_truth, ledger, write_map
-from alda.datasets import NAMES, NUM_CLASSES, EachImage, SegmentationDataset, load, mix_seed
+from alda.datasets import (
+    NAMES,
+    NUM_CLASSES,
+    EachImage,
+    SegmentationDataset,
+    load,
+    mix_seed,
+    progress,
+)
 from alda.distributed import (
     all_reduce,
     all_reduce_number,
@@ -169,6 +177,7 @@ def over_target(s: Settings, run: Run, target, see, model=None, indices=None, lo
     training = model.training
     model.eval()
     images = load(Subset(EachImage(len(target), target.image), indices), s.workers, batch_size=None)
+    images = progress(images, len(indices), "images seen")
     try:
         for several, batch in same_sized(zip(indices, images, strict=True), run.device):
             with run.autocast():
@@ -568,6 +577,7 @@ def source_prior(s: Settings, source: SegmentationDataset, device) -> torch.Tens
     """CBST-SP's spatial priors (C,h,w) at --target-size, from all labels of the source (one pass
     over its files)."""
     files = load(EachImage(len(source), source.labels), s.workers, batch_size=None)
+    files = progress(files, len(source), "source labels read for the spatial prior")
     return spatial_prior((label.to(device) for label in files), NUM_CLASSES, s.target_hw)
 
 

@@ -44,7 +44,7 @@ from alda.datasets import (
     read_json,
     write_atomic,
 )
-from alda.distributed import all_reduce_number, barrier, mean_over_processes, rank_and_world
+from alda.distributed import all_reduce_number, barrier, mean_over_processes, rank_and_world, say
 from alda.settings import MAY_CHANGE
 
 # what only a run writes: without a config.json beside it, nobody knows whose it is
@@ -61,6 +61,7 @@ def batches(s, dataset: SegmentationDataset, step: int, stream: int, labels_of):
     """
     presence = None
     if stream == 1 and s.source_sampling == "balanced":
+        say(f"reading {len(dataset)} source labels: which image holds which class")
         presence = class_presence(dataset, s.workers)
     rank, world = rank_and_world()
     sampler = EndlessSampler(len(dataset), mix_seed(s.seed, stream), rank, world, presence)
@@ -162,7 +163,10 @@ class Run:
         ] = []  # the losses of the steps since the last progress line, on the device
         self.names: list[str] = []
         self.lines = 0  # of metrics.jsonl
-        self.clock, self.timed = None, 0  # when this process began its first step; its steps so far
+        self.clock = self.spent = (
+            0.0  # when the present step began; seconds of the steps that are done
+        )
+        self.timed = 0  # how many steps those are, since the last progress line
         # scores of the loops that are done (STAL), and before the first round; kept in checkpoints
         self.scores: list[dict] = []
         self.before: dict | None = None
@@ -186,7 +190,7 @@ class Run:
         """Every group's rate for this step: --lr times the group's own factor (head: 10) times
         `factor`. The step has begun: signals wait for its end, see Stop."""
         STOP.unsaved = True
-        self.clock = self.clock or time.time()
+        self.clock = time.time()
         for group in self.optimizer.param_groups:
             group["lr"] = self.s.lr * group["factor"] * factor
 
@@ -220,12 +224,15 @@ class Run:
         s = self.s
         self.timed += 1
         every = min(s.log_every, max(2, s.steps // 10))  # short runs show their first steps, too
-        if step % every and step != s.steps:
+        due = step % every == 0 or step == s.steps
+        values = self.finite_losses(step) if due else None  # waits for the device
+        self.spent += time.time() - self.clock
+        if not due:
             return
-        values = self.finite_losses(step)
         self.history = []
         means = dict(zip(self.names, values.mean(0).tolist(), strict=True))
-        rate = self.timed / (time.time() - self.clock)
+        rate = self.timed / self.spent  # of steps alone: queries and scores are not in it
+        self.timed, self.spent = 0, 0.0
         eta = (s.steps - step) / rate
         memory = memory_in_use(self.device)
         line = {

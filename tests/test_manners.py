@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from alda import (
     __main__,
     __version__,
     acquisition,
+    datasets,
     evaluation,
     loop,
     losses,
@@ -191,6 +193,40 @@ def test_a_short_run_shows_its_first_steps(steps, log_every, first, tiny_world, 
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(first, steps + 1, first))
     assert 0 < lines[0]["steps_per_s"] < 500
+
+
+def test_the_rate_leaves_queries_out_and_long_passes_report(
+    tiny_world, tmp_path, monkeypatch, capsys
+):
+    """With a clock by hand: a step takes 2 s, the rounds between them 1,000."""
+    now = [0.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+
+    def asks(*_):
+        now[0] += 1000.0
+
+    def loss(*given):
+        now[0] += 2.0
+        return losses_of_queries(*given)
+
+    losses_of_queries = loop.losses_of_queries
+    monkeypatch.setattr(loop, "losses_of_queries", loss)
+    monkeypatch.setattr(loop, "note_before", asks)
+    assert loop.main(arguments(tiny_world, tmp_path, strategy="random", steps=8, log_every=4)) == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {line["steps_per_s"] for line in lines} == {0.5}
+    capsys.readouterr()
+
+    def slowly():
+        for n in range(5):
+            now[0] += 15.0
+            yield n
+
+    assert [*datasets.progress(slowly(), 5, "images seen")] == [0, 1, 2, 3, 4]
+    assert capsys.readouterr().out.splitlines() == [
+        "2/5 images seen, 0.1 a second, 45 s left",
+        "4/5 images seen, 0.1 a second, 15 s left",
+    ]
 
 
 # --------------------------------------------------------------------------------------------- the README
