@@ -29,6 +29,7 @@ Differences from papers and official code:
       as CRST's script.
 """
 
+import copy
 import json
 import sys
 import time
@@ -67,6 +68,7 @@ from alda.losses import (
     cross_entropy,
     local_consistency,
     negative_learning,
+    weighted_consistency,
 )
 from alda.pictures import save_story
 from alda.rounds import (
@@ -113,12 +115,14 @@ from alda.stal import (
     cut,
     draw_others,
     evaluate_both,
+    follow,
     paste,
     plain_logits,
     predicted,
     pseudo_label_health,
     step_generator,
     supervised_loss,
+    taught,
     train_mode,
     unlabelled_loss,
 )
@@ -150,6 +154,8 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
     guesses = pseudo_schedule(s, schedule)
     rounds, pseudo = Rounds(out / "rounds"), Rounds(out / "pseudo")
     run = Run(s, out, device)
+    teacher = copy.deepcopy(run.model).requires_grad_(False) if s.teacher else None
+    run.parts = {"teacher": teacher} if s.teacher else {}
     start = run.resume()
     check_complete(rounds, schedule, start)
     check_complete(pseudo, guesses, start)
@@ -176,6 +182,9 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
 
         run.set_rate(poly(step, poly_length(s)))
         whole, losses = [next_batch(x, device) for x in (source_batches, target_batches)], []
+        if s.teacher and number:
+            drop, draws = drop_share(step, s.steps, s.drop), step_generator(s, step, device)
+            whole[1] = taught(s, run, teacher, whole[1], drop, draws)
         run.optimizer.zero_grad(set_to_none=True)
         for source_batch, target_batch in run.micro_batches(*whole):
             with run.autocast():
@@ -189,20 +198,28 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
                 + s.consistency * L["consistency"]
                 + s.negative * L["negative"]
             )
-            total = total + s.pseudo_weight * L["pseudo"]  # --pseudo: ours, in no paper
+            # --pseudo and --teacher: ours, in no paper
+            total = total + s.pseudo_weight * L["pseudo"] + s.unlabelled * L["unlabelled"]
             (total / s.accumulate).backward()
             losses.append(L)
         run.optimizer.step()
+        if s.teacher:
+            follow(teacher, run.model, step, s.ema)
         run.log(step + 1, *losses)
         evaluate_and_save(s, run, validation, step + 1)
 
+    scores = {}
+    if s.teacher:
+        scores["student"] = evaluate(run.model, validation, protocol_of(s), device, s.workers)
+    model = teacher if s.teacher else run.model
     result = {
-        **evaluate(run.model, validation, protocol_of(s), device, s.workers),
+        **evaluate(model, validation, protocol_of(s), device, s.workers),
+        **scores,
         **report(s, source, target, rounds, run=run),
         **({"cbda": s.cbda} if s.strategy == "cbda" else {}),
         **({"pseudo": s.pseudo, "pseudo_rounds": records_of(pseudo)} if guesses else {}),
     }
-    draw_story(s, run, run.model, target, rounds, schedule, result)
+    draw_story(s, run, model, target, rounds, schedule, result)
     return result
 
 
@@ -216,8 +233,8 @@ def forward_both(model, source, target) -> list[torch.Tensor | None]:
     if len(given) == 2 and source[0].shape == target[0].shape:
         logits = list(model(torch.cat([source[0], target[0]])).chunk(2))
     else:
-        logits = [model(images) for images, _ in given]
-    sizes = [labels.shape[-2:] for _, labels in given]
+        logits = [model(batch[0]) for batch in given]
+    sizes = [batch[1].shape[-2:] for batch in given]
     logits = [deeplab.upsample(x.float(), size) for x, size in zip(logits, sizes, strict=True)]
     return [None if batch is None else logits.pop(0) for batch in (source, target)]
 
@@ -226,9 +243,11 @@ def losses_of_queries(s: Settings, source, source_logits, target, target_logits)
     """The named losses of a step, 0-dim tensors; a term that the run leaves out is the number 0.
 
     With --pseudo the cross-entropy of the pseudo-labelled pixels is a term of its own, so that many
-    guesses do not outweigh few answers.
+    guesses do not outweigh few answers; with --teacher its labels are one (STAL's L_u), and `target`
+    holds them behind images and labels.
     """
-    loss = dict.fromkeys(("source", "consistency", "target", "pseudo", "negative"), 0.0)
+    names = ("source", "consistency", "target", "pseudo", "negative", "unlabelled")
+    loss = dict.fromkeys(names, 0.0)
     if source is not None:
         loss["source"] = cross_entropy(source_logits, source[1])
         if s.consistency:
@@ -241,6 +260,11 @@ def losses_of_queries(s: Settings, source, source_logits, target, target_logits)
             guessed = (labels >= PSEUDO) & (labels != IGNORE)
             labels = torch.where(guessed, labels - PSEUDO, IGNORE)
             loss["pseudo"] = cross_entropy(target_logits, labels)
+        if s.teacher:
+            gamma = 2.0 if s.rules == "code" else 0.0
+            before = (torch.full_like(labels, IGNORE), target_logits[:, 0])  # the first round
+            guesses = target[2:] or before
+            loss["unlabelled"] = weighted_consistency(target_logits, *guesses, gamma)
         if s.negative:
             loss["negative"] = negative_learning(target_logits.softmax(1))
     return loss

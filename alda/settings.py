@@ -325,6 +325,13 @@ class Settings:
         1.0, "CBST", "with --pseudo: weight of their cross-entropy", low=0, read_by=QUERIES
     )
 
+    teacher: bool = option(
+        False,
+        "STAL",
+        "beside pixel queries: STAL's mean teacher labels the pixels that nobody was asked for (this "
+        "project's own combination)",
+        read_by=QUERIES,
+    )
     source_images: int = option(
         2000, "STAL", "source images, drawn by --seed; 0: all", low=0, read_by=STAL
     )
@@ -334,14 +341,14 @@ class Settings:
         "alpha_0: share of target pixels without pseudo-label, falling to 0 (Eq. 7)",
         low=0,
         high=1,
-        read_by=STAL,
+        read_by=(*QUERIES, "stal"),
     )
     unlabelled: float = option(
         1.0,
         "STAL",
         "lambda_u, weight of the pseudo-labelled target pixels (Eq. 1); 0: left out",
         low=0,
-        read_by=STAL,
+        read_by=(*QUERIES, "stal"),
     )
     contrast: float = option(
         0.1,
@@ -389,7 +396,12 @@ class Settings:
         read_by=STAL,
     )
     ema: float = option(
-        0.99, "STAL", "largest decay of the teacher's average", low=0, high=1, read_by=STAL
+        0.99,
+        "STAL",
+        "largest decay of the teacher's average",
+        low=0,
+        high=1,
+        read_by=(*QUERIES, "stal"),
     )
     bank: int = option(
         30_000,
@@ -470,6 +482,10 @@ class Settings:
         if self.pseudo != "none" and self.strategy not in QUERIES:
             raise InputError(
                 f"--pseudo goes with {', '.join(QUERIES)}; --strategy {self.strategy} has its own labels"
+            )
+        if self.teacher and (self.strategy not in QUERIES or self.pseudo != "none"):
+            raise InputError(
+                f"--teacher goes with {', '.join(QUERIES)}, and without --pseudo: both label the rest"
             )
         if self.scale_range != (1.0, 1.0) and not self.crop:
             raise InputError("--scale needs --crop: the images of a batch must have one size")
@@ -618,6 +634,8 @@ def without_effect(given: dict, s: Settings) -> list[str]:
             "label_flip",
             "label_scale",
         }
+    if not s.teacher and s.strategy in QUERIES:
+        idle |= given.keys() & {"drop", "unlabelled", "ema"}
     idle |= given.keys() & {"pixels"} if s.unit == "region" else set()
     idle |= given.keys() & {"test_size"} if s.protocol == "sliding" else set()
     idle |= given.keys() & {"cache"} if s.scale_range != (1.0, 1.0) else set()

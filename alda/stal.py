@@ -53,7 +53,7 @@ from alda.distributed import all_reduce, rank_and_world
 from alda.evaluation import evaluate
 from alda.losses import MemoryBank, contrastive_sets, ohem_cross_entropy, weighted_consistency
 from alda.run import Run, transform_of
-from alda.selftraining import percentile
+from alda.selftraining import percentile, reliable_pseudo_labels, update_teacher
 from alda.settings import Settings
 
 # the official list for copy-paste: all train ids but road, sidewalk, building, vegetation and sky
@@ -536,6 +536,37 @@ def plain_logits(run: Run, teacher, images, others: Others | None) -> torch.Tens
         logits = teacher(images)
     teacher.train()
     return deeplab.upsample(logits.float(), images.shape[-2:])
+
+
+@torch.no_grad()
+def taught(s: Settings, run: Run, teacher, batch, drop: float, generator) -> list[torch.Tensor]:
+    """A queried target batch [images (N,3,H,W), labels (N,H,W)] with what the mean teacher says of the
+    pixels that have no label: [images, labels, pseudo-labels (N,H,W) uint8, its confidence (N,H,W)].
+
+    --teacher, this project's combination: the teacher in eval mode on the plain images, the share
+    `drop` of highest entropy left out (STAL Eqs. 5-7), then CutMix: half of each image is cut from the
+    next one of the batch, labels and pseudo-labels alike.
+    """
+    images, labels = batch
+    prob = plain_logits(run, teacher, images, None).softmax(1)
+    pseudo = reliable_pseudo_labels(prob, drop, s.rules, labels == IGNORE)
+    confidence = prob.amax(1)
+    if not s.cutmix or len(images) < 2:
+        return [images, labels, pseudo, confidence]
+    u = torch.rand(len(images), 4, generator=generator, device=images.device)
+    no_class = NUM_CLASSES  # the box of a class that is absent is half of the image
+    boxes = torch.stack([class_box(pseudo[n], no_class, u[n]) for n in range(len(images))])
+    return [cutmix(x, x.roll(1, 0), boxes) for x in (images, labels, pseudo, confidence)]
+
+
+@torch.no_grad()
+def follow(teacher, student, step: int, decay: float) -> None:
+    """After step `step` of a run with --teacher: the mean teacher's parameters move towards the
+    student's, and its batch norm takes over the student's running statistics (it sees no image in
+    train mode, unlike STAL's)."""
+    update_teacher(teacher, student, step, decay)
+    for own, new in zip(teacher.buffers(), student.buffers(), strict=True):
+        own.copy_(new)
 
 
 @torch.no_grad()

@@ -1,18 +1,24 @@
 """STAL's parts against the recorded outputs of the official code, given the same draws, and against slow definitions."""
 
+import json
 import random
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from test_loop import arguments, assert_same_bits, metric_lines, state_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from alda import InputError, loop
 from alda import acquisition as A
 from alda import losses as L
 from alda import selftraining as S
 from alda import stal as T
 from alda.datasets import CLASS_SETS, NAMES, open_dataset, resize_image, resize_labels
+from alda.settings import settings_for
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -800,3 +806,79 @@ def test_no_part_of_a_step_waits_for_the_device(device):
         if device == "cuda":
             torch.cuda.set_sync_debug_mode(mode)
     assert loss.isfinite() and bank.count.sum() > 0 and features.grad.abs().max() > 0
+
+
+# ------------------------------------------------------------------------- --teacher beside queries
+
+
+def test_a_taught_batch_labels_what_nobody_was_asked_for_and_is_mixed_alike():
+    """Bought pixels get no pseudo-label; images, labels, pseudo-labels and confidence are cut with the
+    same boxes; half of each image is the next one's."""
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(3, 19, 1)
+    images = torch.randn(2, 3, 12, 20)
+    labels = torch.full((2, 12, 20), 255, dtype=torch.uint8)
+    labels[:, 3:5, 4:9] = 7
+    run = SimpleNamespace(autocast=nullcontext)
+    s = settings_for({"strategy": "ripu", "teacher": True})
+    generator = torch.Generator().manual_seed(3)
+    mixed, bought, pseudo, confidence = T.taught(s, run, model, [images, labels], 0.25, generator)
+    prob = model(images).softmax(1).detach()
+    other = images.roll(1, 0)
+    cut = (mixed == other).all(1) & ~(images == other).all(1)
+    assert 0.35 < cut.float().mean() < 0.65
+    assert torch.equal(mixed, torch.where(cut[:, None], other, images))
+    assert torch.equal(bought, torch.where(cut, labels.roll(1, 0), labels))
+    plain = prob.argmax(1)
+    assert not ((pseudo != 255) & (bought != 255)).any()
+    kept = pseudo != 255
+    assert torch.equal(pseudo[kept].long(), torch.where(cut, plain.roll(1, 0), plain)[kept])
+    expected = torch.where(cut, prob.amax(1).roll(1, 0), prob.amax(1))
+    torch.testing.assert_close(confidence, expected)
+    s = settings_for({"strategy": "ripu", "teacher": True, "cutmix": False})
+    same = T.taught(s, run, model, [images, labels], 0.25, generator)
+    share = (same[2] != 255).sum() / (labels == 255).sum()
+    assert torch.equal(same[0], images) and share == pytest.approx(0.75, abs=0.01)
+
+
+def test_a_run_with_a_teacher(tiny_world, tmp_path):
+    """The loss is there from the first round on, the teacher is the students' mean, its scores are the
+    run's, and a run stopped half way ends with the same bits."""
+    options = {
+        "strategy": "ripu",
+        "teacher": True,
+        "log_every": 1,
+        "ema": 0.5,
+        "budget": 0.2,
+        "lr": 1e-4,
+    }
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert loop.main(arguments(tiny_world, whole, **options)) == 0
+    lines = metric_lines(whole)
+    assert [line["losses"]["unlabelled"] > 0 for line in lines[:3]] == [False, False, True]
+    state = state_of(whole)
+    gaps = [(state["model"][n] - state["teacher"][n]).abs().max() for n in state["model"]]
+    assert max(float(g) for g in gaps) > 0
+    assert torch.equal(
+        state["teacher"]["backbone.bn1.running_mean"], state["model"]["backbone.bn1.running_mean"]
+    )
+    result = json.loads((whole / "result.json").read_text())
+    assert result["student"]["mIoU19"] != result["mIoU19"]
+    real, steps = loop.follow, []
+
+    def killed(teacher, student, step, decay):
+        steps.append(step)
+        if len(steps) == 5:
+            raise SystemExit
+        real(teacher, student, step, decay)
+
+    loop.follow = killed
+    try:
+        with pytest.raises(SystemExit):
+            loop.main(arguments(tiny_world, part, **options))
+    finally:
+        loop.follow = real
+    assert loop.main([*arguments(tiny_world, part, **options), "--resume"]) == 0
+    assert_same_bits(state_of(part)["teacher"], state["teacher"])
+    with pytest.raises(InputError, match="--teacher goes with"):
+        settings_for({"strategy": "full", "teacher": True})
