@@ -448,6 +448,7 @@ def strategy_text(result: dict, s: dict) -> str:
             f" lambda_u {s['unlabelled']:g} lambda_c {s['contrast']:g} {s['image_queries']}"
             + " restart" * s["restart"]
         )
+    text += " + teacher" * bool(s.get("teacher"))
     return text + (f" + {result['pseudo']}" if "pseudo" in result else "")
 
 
@@ -474,49 +475,65 @@ def comparison_text(rows: list[dict]) -> str:
     return mark + alike + "\n" + "\n".join(table) + means_text(rows)
 
 
-def comparison_picture(runs: list[str], rows: list[dict], path: Path) -> None:
-    """mIoU19 against the share of target pixels asked, one line a strategy and source; needs
-    matplotlib (InputError)."""
+def comparison_picture(runs: list[str], rows: list[dict], path: Path, over: str = "budget") -> None:
+    """mIoU19 over the share of target pixels asked, or `over` the "steps" (what --eval-every scored):
+    one line a strategy and recipe, the mean over its seeds, in a band of +- their standard deviation;
+    the runs are dots. Needs matplotlib (InputError)."""
     drawing = new_figure((6, 4))
     if drawing is None:
         raise InputError("--plot needs matplotlib: pip install 'alda[plot]'")
     figure, axes = drawing
-    lines: dict[str, dict] = {}  # name: {(budget, recipe): [(share, mIoU19) of each seed]}
+    lines: dict[str, dict] = {}  # name: {(place, recipe): [(x, mIoU19) of each seed]}
     for run, row in zip(runs, rows, strict=True):
-        result = json.loads((Path(run) / "result.json").read_text())
-        points = {
-            f"loop {loop['loop']}": (loop["share"], loop["mIoU19"])
-            for loop in result.get("loops", [])
-        }
-        points = points or {
-            f"{row['budget asked for']}": (result["budget"].get("share"), result["mIoU19"])
-        }
-        for budget, point in points.items():
-            if point[0] is None:
-                print(
-                    f"{run}: does not say which share of the pixels it asked (an older version); left out of the picture"
-                )
-                continue
-            name = f"{row['strategy']}, {row['source']}, {row['network']}"
-            line = lines.setdefault(name, {})
-            line.setdefault((budget, row["recipe"]), []).append(point)
-    for name, budgets in lines.items():
-        means = sorted(
-            [100 * sum(values) / len(points) for values in zip(*points, strict=True)]
-            for points in budgets.values()
+        name = f"{row['strategy']}, {row['source']}, {row['network']}"
+        if over == "steps":
+            name += f", budget {row['budget asked for']} ({row['recipe']})"
+        for place, x, score in curve_points(Path(run), row, over):
+            points = lines.setdefault(name, {}).setdefault((place, row["recipe"]), [])
+            points.append((x, 100 * score))
+    for name, places in lines.items():
+        # means over runs that differ in the seed alone
+        groups = sorted([*zip(*points, strict=True)] for points in places.values())
+        xs = [statistics.mean(x) for x, _ in groups]
+        means = [statistics.mean(y) for _, y in groups]
+        spreads = [statistics.stdev(y) if len(y) > 1 else 0.0 for _, y in groups]
+        seeds = max(len(y) for _, y in groups)
+        label = f"{name}, n = {seeds}" if seeds > 1 else name
+        (line,) = axes.plot(xs, means, "o-", label=label)
+        low, high = (
+            [m + sign * d for m, d in zip(means, spreads, strict=True)] for sign in (-1, 1)
         )
-        # means over runs that differ in the seed alone; the runs are dots
-        (line,) = axes.plot(*zip(*means, strict=True), "o-", label=name)
-        every = [(100 * share, 100 * miou) for points in budgets.values() for share, miou in points]
-        axes.plot(*zip(*every, strict=True), ".", color=line.get_color())
-    axes.set_xlabel("target pixels asked [%]")
+        axes.fill_between(xs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        for x, y in groups:
+            axes.plot(x, y, ".", color=line.get_color())
+    axes.set_xlabel("target pixels asked [%]" if over == "budget" else "steps")
     axes.set_ylabel("mIoU19 [%]" + (" (TOY)" if any(row["toy"] for row in rows) else ""))
     axes.set_title("; ".join(sorted({row["protocol"] for row in rows})), fontsize=8)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=6)
     kind = path.suffix.lstrip(".") or "png"
     if kind not in figure.canvas.get_supported_filetypes():
         raise InputError(f"--plot {path}: give a name that ends in .png, .pdf or .svg")
     write_output(path, lambda file: figure.savefig(file, format=kind, dpi=120))
+
+
+def curve_points(run: Path, row: dict, over: str) -> list[tuple]:
+    """A run's points of a curve: (what seeds share, x, mIoU19)."""
+    result = read_json(run / "result.json")
+    if over == "steps":
+        log = run / "metrics.jsonl"
+        lines = [json.loads(x) for x in log.read_text().splitlines()] if log.is_file() else []
+        scored = [x for x in lines if x.get("mIoU19") is not None]
+        scored += [result["before"]] if "before" in result else []
+        scores = {x["step"]: x["mIoU19"] for x in scored} | {result["steps"]: result["mIoU19"]}
+        return [(step, step, score) for step, score in sorted(scores.items())]
+    loops = result.get("loops", [])
+    points = [(f"loop {x['loop']}", x["share"], x["mIoU19"]) for x in loops]
+    share = result["budget"].get("share")
+    points = points or [(f"{row['budget asked for']}", share, result["mIoU19"])]
+    if any(share is None for _, share, _ in points):
+        print(f"{run}: does not say which share of the pixels it asked; left out of the picture")
+        return []
+    return [(place, 100 * share, score) for place, share, score in points]
 
 
 def write_output(path: Path, write) -> None:
@@ -541,7 +558,7 @@ def compare(args: argparse.Namespace) -> int:
         writer.writerows(rows)
         write_output(args.csv, lambda file: file.write(table.getvalue().encode()))
     if args.plot:
-        comparison_picture(args.runs, rows, args.plot)
+        comparison_picture(args.runs, rows, args.plot, args.over)
     return 0
 
 
@@ -643,7 +660,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     sub.add_argument("--csv", type=Path, help="also write the table here, one line a run")
     sub.add_argument(
-        "--plot", type=Path, help="also draw mIoU19 against the budget here (needs matplotlib)"
+        "--plot", type=Path, help="also draw mIoU19 here, bands over seeds (needs matplotlib)"
+    )
+    sub.add_argument(
+        "--over", choices=("budget", "steps"), default="budget", help="the plot's axis [budget]"
     )
     args = parser.parse_args(argv)
     try:

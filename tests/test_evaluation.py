@@ -13,6 +13,7 @@ from PIL import Image
 from alda import deeplab
 from alda import evaluation as E
 from alda.datasets import CLASSES, SegmentationDataset, open_dataset
+from alda.pictures import new_figure
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -308,6 +309,38 @@ def finished(folder, strategy="ripu", miou=0.5, protocol="ripu (64x32)", **more)
         json.dumps({**result, "budget": budget, "steps": 9, "source_images": 8, **more})
     )
     return str(folder)
+
+
+def test_a_curve_is_the_mean_over_seeds_in_a_band(tmp_path, monkeypatch):
+    """Two seeds of one recipe are one line with a band of their deviation; over the steps the scores
+    along the way, the one before the first round and the last are its points."""
+    runs = []
+    for seed, scores in ((0, (0.2, 0.4)), (1, (0.3, 0.6))):
+        folder = tmp_path / f"s{seed}"
+        before = {"step": 0, "mIoU19": scores[0] / 2}
+        runs.append(finished(folder, "ripu", scores[1], before=before))
+        config = json.loads((folder / "config.json").read_text())
+        config["settings"]["seed"] = seed
+        (folder / "config.json").write_text(json.dumps(config))
+        lines = [{"step": 3, "losses": {}}, {"step": 4, "mIoU19": scores[0]}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    seen = []
+    monkeypatch.setattr(E, "new_figure", lambda size: seen.append(new_figure(size)) or seen[-1])
+    for over, expected in (("budget", [50.0]), ("steps", [12.5, 25.0, 50.0])):
+        words = ["compare", *runs, "--plot", str(tmp_path / f"{over}.png"), "--over", over]
+        assert E.main(words) == 0
+        axes = seen[-1][1]
+        line = next(x for x in axes.lines if "n = 2" in str(x.get_label()))
+        assert line.get_ydata() == pytest.approx(expected)
+        if over == "steps":
+            assert list(line.get_xdata()) == [0, 4, 9]
+        band = axes.collections[0].get_paths()[0].vertices[:, 1]
+        assert (band.min(), band.max()) == pytest.approx(
+            (min(e - d for e, d in zip(expected, DEVIATION[over], strict=True)), 50 + 200**0.5)
+        )
+
+
+DEVIATION = {"budget": [200**0.5], "steps": [12.5**0.5, 50**0.5, 200**0.5]}
 
 
 def test_compare_lays_runs_side_by_side(tmp_path, capsys):

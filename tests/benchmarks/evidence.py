@@ -5,10 +5,11 @@
     python -m tests.benchmarks.evidence ... --only-table     # what is finished, nothing is run
 
 A row is STRATEGY[:VARIANT][+PSEUDO][@BUDGET]: `ripu@0.022`, `cbda:balance@0.05`, `ripu+cbst@0.022`, `stal:random@0.05`,
-`cbst`, `full`, `full:twice` (twice the steps). Every row starts from its seed's source-trained MobileNetV2 (`source-only`,
-trained once, kept in RUNS) and has the same steps, rates and images: one recipe, WORLDS below, chosen on `source-only` and
-`full` alone (CBST and its kin: a fifth of the rate, as in the miniature world's defaults). A run that is finished is not run again, one that was stopped goes on. Differences are paired by seed: a row
-minus its neighbour of `--against` with the same budget, mean +- standard error over the seeds.
+`cbst`, `full`, `full:twice` (twice the steps), `ripu:teacher@0.005`. Every row starts from its seed's source-trained
+MobileNetV2 (`source-only`, trained once, kept in RUNS) and has the same steps, rates and images: one recipe, WORLDS below,
+chosen on `source-only` and `full` alone (CBST and its kin: a fifth of the rate, as in the miniature world's defaults). A run
+that is finished is not run again, one that was stopped goes on. Differences are paired by seed: a row minus the row of
+`--against` with the same budget, mean +- standard error over the seeds.
 """
 
 import argparse
@@ -86,7 +87,16 @@ def adapt(args, common: list[str], row: str, seed: int) -> dict:
         options += ["--source-images", "0", "--protocol", "ripu", *STAL[variant]]
         del options[options.index("--poly-steps") :][:2]
     elif strategy in SELF_TRAINING:
-        options += ["--lr", "0.002", "--rounds", "4", "--crop", world["crop"], "--test-size", world["sizes"][-1]]
+        options += [
+            "--lr",
+            "0.002",
+            "--rounds",
+            "4",
+            "--crop",
+            world["crop"],
+            "--test-size",
+            world["sizes"][-1],
+        ]
         del options[options.index("--poly-steps") :][:2]
     elif strategy != "full":
         options += QUERIES
