@@ -21,7 +21,7 @@ MARK = re.compile(r"^\s*# (?:(RIPU|STAL) Eq\. \((\d)\)|(CBST|CBDA), ([a-z -]+)):
 REGION = "test_ripu_score_equals_the_recorded_official_one"
 LABELS = "test_pseudo_labels_by_the_codes_rule_and_masks_equal_the_recorded_ones"
 STEPS = "test_ripu_steps_equal_the_recorded_ones"
-EPS = "7e-6: the code adds 1e-6 in its logarithms"
+EPS = "7e-6: the code's logs have + 1e-6"
 # (paper, number or name): the function that holds the line, a strategy that runs it, the test that
 # checks it, and the largest gap to the recorded official output that the test prints
 EQUATIONS = {
@@ -51,7 +51,7 @@ EQUATIONS = {
         "losses.negative_learning",
         "ripu",
         "test_negative_learning_equals_the_recorded_official_one",
-        "1.0e-6: the code adds 1e-6 in its logarithm",
+        "1e-6: the code's log has + 1e-6",
     ),
     ("RIPU", "9"): ("loop.train_queries", "ripu", STEPS, "1e-8"),
     ("STAL", "1"): ("loop.train_stal", "stal", "test_stal_steps_equal_the_recorded_ones", "1e-14"),
@@ -126,11 +126,11 @@ def table() -> str:
     homes = {}
     for path in sorted(TESTS.glob("test_*.py")):
         for name in re.findall(r"^def (test_\w+)", path.read_text(), flags=re.M):
-            homes[name] = path.name
+            homes[name] = path.stem
     rows = ["| equation | line in | test in | gap |", "|---|---|---|---|"]
     previous = None
     for (paper, number), (function, _, test, gap) in EQUATIONS.items():
-        place = f"`{function}` | [{homes[test]}](tests/{homes[test]}) | {gap} |"
+        place = f"`{function}` | `{homes[test]}` | {gap} |"
         if place == previous:
             rows[-1] = rows[-1].replace(" |", f", {number} |", 1)
         else:
