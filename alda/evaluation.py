@@ -391,6 +391,7 @@ def recipe(s: dict) -> str:
         "threads",
         "log_every",
         "pictures",
+        "accept_partial",
     )
     kept = {name: value for name, value in s.items() if name not in free}
     if "init" in kept:

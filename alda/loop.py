@@ -140,7 +140,8 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
     network and sees no source image.
     """
     source = None if s.source_free else open_dataset(s.src, s.root)
-    target = None if s.strategy == "source-only" else open_dataset(s.tgt, s.root, "train")
+    reads = s.reads_truth  # its labels may be missing where nothing is learnt from them
+    target = None if s.strategy == "source-only" else open_dataset(s.tgt, s.root, "train", reads)
     validation = open_dataset(s.tgt, s.root, "val")
     remember_data(out, source=source, target=target, validation=validation)
     schedule = [] if s.strategy in ("source-only", "full") else query_schedule(s)
@@ -257,7 +258,8 @@ def train_cbst(s: Settings, out: Path, device: torch.device) -> dict:
     The training split of the target is used without its labels; the validation split is only
     scored.
     """
-    source, target = open_dataset(s.src, s.root), open_dataset(s.tgt, s.root, "train")
+    source = open_dataset(s.src, s.root)
+    target = open_dataset(s.tgt, s.root, "train", s.reads_truth)
     validation = open_dataset(s.tgt, s.root, "val")
     remember_data(out, source=source, target=target, validation=validation)
     check_one_size(s)
@@ -394,7 +396,8 @@ def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
     least sure of. An epoch is a pass over the unlabelled images. Labelled and unlabelled images pass
     apart: live batch norm never normalises them together. Every part can be left out: see --help-all.
     """
-    source, target = open_dataset(s.src, s.root), open_dataset(s.tgt, s.root, "train")
+    source = open_dataset(s.src, s.root)
+    target = open_dataset(s.tgt, s.root, "train", s.reads_truth)
     validation = open_dataset(s.tgt, s.root, "val")
     remember_data(out, source=source, target=target, validation=validation)
     check_one_size(s)
@@ -442,7 +445,7 @@ def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
             prob, inside = weak.softmax(1), truth != IGNORE
             drop = drop_share(local, length, s.drop)
             pseudo = reliable_pseudo_labels(prob, drop, s.rules, inside)
-            health = pseudo_label_health(pseudo, truth, inside)
+            health = pseudo_label_health(pseudo, truth, inside, target.labelled)
             if s.unlabelled:
                 L["unlabelled"] = unlabelled_loss(s, logits, pseudo, prob, state, generator)
             if s.contrast:
@@ -629,7 +632,7 @@ def draw_story(
         masks.append(rounds.asked(sample.id, sample.size, number) & ~earlier)
     if masks:
         panels["all answers"] = rounds.labels(sample.id, sample.size)
-    panels["truth"] = target.labels(0)
+    panels["truth"] = target.truth(0)
     points = [(run.before["step"], run.before["mIoU19"])] if run.before else []
     points += [(line["step"], line["mIoU19"]) for line in run.scored()]
     points = sorted({**dict(points), s.steps: result["mIoU19"]}.items())

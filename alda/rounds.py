@@ -208,7 +208,7 @@ def ask_pixels(s: Settings, run: Run, target: SegmentationDataset, rounds: Round
                 panels = {
                     **shown[index],
                     "answers so far": torch.where(answers == IGNORE, known, answers),
-                    "truth": target.labels(index),
+                    "truth": target.truth(index),
                 }
                 save_round(panels, asked, before, folder / f"{sample.id}.png")
                 write_map(folder / f"{sample.id}_prediction.png", panels["prediction"])
@@ -428,7 +428,7 @@ def label_target(
         if bought is not None:
             labels = labels.masked_fill(bought(index) != IGNORE, IGNORE)
         write_map(work / "labels" / f"{sample.id}.png", labels)
-        truth = target.labels(index)
+        truth = target.truth(index)
         counts = pseudo_label_statistics(labels, truth, NUM_CLASSES)
         total = {name: total[name] + counts[name] for name in total}
         if s.pictures and index % every == 0:
@@ -479,7 +479,7 @@ def report_pseudo(s: Settings, target, number: int, record: dict, seconds: float
         by_class.append(f"{name} {percent(c['accuracy'])}/{percent(c['coverage'])}")
     print(
         f"pseudo-labels {number}: portion {record['portion']:.0%}, {record['labelled']:,} of {pixels:,} px "
-        f"labelled, accuracy {percent(record['accuracy'])} ({seconds:.0f} s); accuracy / coverage by class: "
+        f"labelled, accuracy {percent(record['accuracy'], 'unknown')} ({seconds:.0f} s); accuracy / coverage by class: "
         + ", ".join(by_class),
         flush=True,
     )
@@ -493,9 +493,9 @@ def report_pseudo(s: Settings, target, number: int, record: dict, seconds: float
         )
 
 
-def percent(value: float | None) -> str:
-    """A share as text, "-" for one that has no value."""
-    return "-" if value is None else f"{100 * value:.1f}"
+def percent(value: float | None, none: str = "-") -> str:
+    """A share as text, `none` for one that has no value."""
+    return none if value is None else f"{100 * value:.1f}"
 
 
 def source_prior(s: Settings, source: SegmentationDataset, device) -> torch.Tensor:

@@ -71,6 +71,19 @@ class Settings:
         choices=("float32", "bfloat16"),
     )
     resume: bool = option(False, "run", "go on from the last checkpoint of --out")
+    oracle: str = option(
+        "ground-truth",
+        "run",
+        "who answers queries: the target's labels, or people through files (python -m alda.annotate)",
+        choices=("ground-truth", "files"),
+        read_by=(*QUERIES, "stal"),
+    )
+    accept_partial: bool = option(
+        False,
+        "run",
+        "with --resume --oracle files: take the right answers, leave the rest unanswered",
+        read_by=(*QUERIES, "stal"),
+    )
     rules: str = option(
         "paper",
         "run",
@@ -408,6 +421,12 @@ class Settings:
         self.scale_range = parse_scale(self.scale)
         self._check_together()
 
+    @property
+    def reads_truth(self) -> bool:
+        """Whether the run learns from labels of the target's training images that are there already."""
+        asks = self.strategy in (*QUERIES, "stal")
+        return self.strategy == "full" or (asks and self.oracle == "ground-truth")
+
     def _check_field(self, field: dataclasses.Field) -> None:
         """Type, choices and range of one setting; a whole number is a float where one is due."""
         meta, value = field.metadata, getattr(self, field.name)
@@ -648,7 +667,7 @@ class Parser(argparse.ArgumentParser):
 
 # what --help shows; --help-all shows every option
 ESSENTIAL = (
-    "strategy", "src", "tgt", "root", "out", "seed", "device", "resume", "rules", "net", "backbone",
+    "strategy", "src", "tgt", "root", "out", "seed", "device", "resume", "oracle", "rules", "net", "backbone",
     "init", "steps", "batch", "budget", "rounds", "cbda", "pseudo", "source_free", "protocol",
 )  # fmt: skip
 
