@@ -68,6 +68,7 @@ from alda.losses import (
     local_consistency,
     negative_learning,
 )
+from alda.oracle import Waiting, collect
 from alda.pictures import save_story
 from alda.rounds import (
     ask_images,
@@ -650,7 +651,7 @@ def pixels_of(dataset) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line (see the top of this file); returns the exit status: 0 done, 2 bad usage or
-    input, 143 after SIGTERM or SIGUSR1. Ctrl-C passes through, after the line that resumes."""
+    input, 3 waiting for people's answers, 143 after SIGTERM or SIGUSR1. Ctrl-C passes through, after the line that resumes."""
     out = None
     try:
         with ExitStack() as held:
@@ -666,6 +667,7 @@ def main(argv: list[str] | None = None) -> int:
             held.enter_context(STOP.listening())
             if rank_and_world()[0] == 0:
                 held.enter_context(ready_folder(s, out))
+                collect(s, out)
             barrier()
             run_strategy(s, out, device)
             leave()
@@ -675,6 +677,9 @@ def main(argv: list[str] | None = None) -> int:
         text = text[-2] if len(text) > 1 else text[0]  # from a loading process: below its traceback
         print(f"error: {text.removeprefix('alda.InputError: ')}", file=sys.stderr)
         return 2
+    except Waiting as wait:
+        print(f"waiting: {wait}; then {resume_line(out)} goes on", file=sys.stderr)
+        return 3
     except (Stopped, KeyboardInterrupt) as stop:
         # what the checkpoints and rounds hold is kept, see run.Stop
         kept = out is not None and (out / "config.json").is_file()

@@ -34,6 +34,7 @@ from alda.annotation import Rounds, begin_folder, complete_folder, ground_truth,
 from alda.datasets import NAMES, NUM_CLASSES, EachImage, SegmentationDataset, load, mix_seed
 from alda.distributed import all_reduce, barrier, broadcast_buffers, rank_and_world
 from alda.evaluation import network_logits
+from alda.oracle import asking
 from alda.pictures import class_picture, save_round, save_sheet
 from alda.run import Run, check_folder
 from alda.selftraining import (
@@ -196,7 +197,7 @@ def ask_pixels(s: Settings, run: Run, target: SegmentationDataset, rounds: Round
     centres, shown, notes = choose(s, run, target, rounds, number, records)
     paint_radius = 0 if s.unit == "pixel" else s.radius
     folder = run.out / "pictures" / f"round-{number:02d}"
-    with rounds.new(number) as new:
+    with asking(s, rounds, number, target, centres) as new:
         for index, sample in enumerate(target.samples):
             before = rounds.asked(sample.id, sample.size, number - 1)
             asked = acquisition.paint(centres[index], paint_radius, sample.size)
@@ -339,14 +340,14 @@ def ask_images(
     if rank_and_world()[0] == 0:
         chosen, quotas = most_uncertain(target, left, score, count)
         folder = run.out / "pictures" / f"round-{number:02d}"
-        with rounds.new(number) as new:
+        with asking(s, rounds, number, target) as new:
             for index in chosen:
                 sample = target.samples[index]
                 everything = torch.ones(sample.size, dtype=torch.bool)
                 oracle = ground_truth(target, index)
-                new.add(sample.id, everything, oracle, 1, s.target_hw, s.keep_labels)
+                answers = new.add(sample.id, everything, oracle, 1, s.target_hw, s.keep_labels)
                 if index in shown:
-                    panels = {**shown[index], "answers": target.labels(index)}
+                    panels = {**shown[index], "answers": answers}
                     save_sheet(panels, folder / f"{sample.id}.png")
             scores = {target.samples[i].id: score[i].item() for i in chosen}
             new.notes = {"quotas": quotas, "scores": scores}

@@ -590,6 +590,7 @@ def without_effect(given: dict, s: Settings) -> list[str]:
             "label_flip",
             "label_scale",
         }
+    idle |= given.keys() & {"accept_partial"} if s.oracle == "ground-truth" else set()
     idle |= given.keys() & {"pixels"} if s.unit == "region" else set()
     idle |= given.keys() & {"test_size"} if s.protocol == "sliding" else set()
     idle |= given.keys() & {"head"} if s.net == "deeplabv2" else set()
