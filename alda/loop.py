@@ -651,7 +651,8 @@ def pixels_of(dataset) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line (see the top of this file); returns the exit status: 0 done, 2 bad usage or
-    input, 3 waiting for people's answers, 143 after SIGTERM or SIGUSR1. Ctrl-C passes through, after the line that resumes."""
+    input, 3 waiting for people, 143 after SIGTERM or SIGUSR1. Ctrl-C passes through, after the line
+    that resumes."""
     out = None
     try:
         with ExitStack() as held:

@@ -49,17 +49,8 @@ from alda.distributed import all_reduce_number, barrier, rank_and_world
 # are then no longer the same)
 # what only a run writes: without a config.json beside it, nobody knows whose it is
 TRACES = ("checkpoints", "rounds", "pseudo", "source", "metrics.jsonl", "result.json")
-MAY_CHANGE = (
-    "resume",
-    "device",
-    "workers",
-    "threads",
-    "log_every",
-    "pictures",
-    "out",
-    "root",
-    "accept_partial",
-)
+MAY_CHANGE = ("resume", "device", "workers", "threads", "log_every", "pictures", "out", "root")
+MAY_CHANGE += ("accept_partial",)
 
 
 def batches(s, dataset: SegmentationDataset, step: int, stream: int, labels_of):
