@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_loop import arguments, assert_same_bits, state_of
-from test_oracle import GT, IMAGES, PIXELS, REGIONS, as_files, opened, truth_of
 
 from alda import annotate, loop, oracle
 from alda.annotation import Rounds
 from alda.datasets import NAMES, id_map, open_dataset
 from alda.run import locked
+from tests.test_loop import arguments, assert_same_bits, state_of
+from tests.test_oracle import GT, IMAGES, PIXELS, REGIONS, as_files, opened, truth_of
 
 CHROMEDRIVER = shutil.which("chromedriver")
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_loop import arguments, assert_same_bits, state_of
 
 from alda import InputError, evaluation, loop, oracle
 from alda.annotation import Rounds
 from alda.datasets import NAMES, id_map, open_dataset
+from tests.test_loop import arguments, assert_same_bits, state_of
 
 PIXELS = {"strategy": "ripu-pa", "radius": 3, "pixels": 4, "steps": 6, "query_steps": "2,4"}
 REGIONS = {"strategy": "ripu", "budget": 0.022, "steps": 6, "query_steps": "2,4"}
