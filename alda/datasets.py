@@ -48,7 +48,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.io import ImageReadMode, decode_image
 
@@ -217,6 +217,12 @@ def checked_picture(content: bytes):
         yield picture
 
 
+def turned(picture: Image.Image) -> bool:
+    """Whether a JPEG of a camera that was held upright is stored lying (EXIF orientation 5 to 8), or
+    upside down or mirrored (2 to 4)."""
+    return picture.format == "JPEG" and picture.getexif().get(0x0112, 1) in range(2, 9)
+
+
 def read_image(path: Path) -> torch.Tensor:
     """The image as (3,H,W) uint8 RGB. Raises InputError naming a missing, unreadable or truncated
     file, and one of 16-bit, 32-bit or float grey, which 8 bits would clip."""
@@ -227,6 +233,8 @@ def read_image(path: Path) -> torch.Tensor:
                     f"{path}: is grey of more than 8 bits (mode {picture.mode}), expected 8-bit "
                     "RGB; convert it, or its values would be clipped"
                 )
+            if turned(picture):
+                picture = ImageOps.exif_transpose(picture)
             # (H,W,3) -> (3,H,W)
             return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
     except PICTURE_ERRORS as error:
@@ -523,14 +531,18 @@ def _same_size_only(found: list[tuple], reads_labels: bool) -> list[Sample]:
 
 
 def _fits(label: Path | None, size: tuple[int, int]) -> bool:
-    """Whether a label is there and of its image's size."""
-    return label is not None and label.is_file() and _header_size(label) == size
+    """Whether a label is there, can be read and has its image's size."""
+    try:
+        return label is not None and label.is_file() and _header_size(label) == size
+    except InputError:
+        return False
 
 
 def _header_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as picture:
-            return picture.size[1], picture.size[0]
+            lying = turned(picture) and picture.getexif()[0x0112] >= 5
+            return picture.size if lying else picture.size[::-1]
     except PICTURE_ERRORS as error:
         raise InputError(
             f"{path}: cannot be read as a picture ({_first_line(error)}); copy it again or remove it"
@@ -917,64 +929,78 @@ def check(root: str | Path) -> tuple[list[str], int]:
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"{root}: there is no such folder; give the one that holds cityscapes/")
-    lines, problems, there = [], 0, 0
+    lines, problems, images = [], 0, {}
     for name in LAYOUTS:
         if not (root / name).is_dir():
             lines.append(f"{name}: no folder {root / name}")
             continue
-        for split in ("train", "val", "test") if name in ("cityscapes", "acdc") else ("train",):
-            found, wrong, images = check_split(name, root, split)
-            lines, problems, there = lines + found, problems + wrong, there + images
-    if not there:
+        for split in ("train", "val", "test") if name in _TARGETS else ("train",):
+            found, wrong, images[name, split] = check_split(name, root, split)
+            title = f"{name} {split}" if name in _TARGETS else name
+            lines += [f"{title}: {text}" for text in found]
+            lines += [f"{title}: problem: {text}" for text in wrong]
+            problems += len(wrong)
+    if not any(images.values()):
         problems += 1
         for name, layout in LAYOUTS.items():
             lines.append(f"expected {name}/{layout.images} and {name}/{layout.labels}")
+    for name in _TARGETS:
+        if images.get((name, "train")) and not images.get((name, "val")):
+            problems += 1
+            lines.append(f"{name} val: problem: nothing to score on: label a few images for val")
     return lines, problems
 
 
-def check_split(name: str, root: Path, split: str) -> tuple[list[str], int, int]:
-    """(lines, problems, images) of one split of a dataset, see `check`."""
-    layout = [part.replace("SPLIT", split) for part in LAYOUTS[name][:2]]
-    title = f"{name} {split}" if "SPLIT" in LAYOUTS[name].images else name
-    lines, wrong, classes = [], [], collections.Counter()
+def check_split(name: str, root: Path, split: str) -> tuple[list[str], list[str], int]:
+    """(what is found, what is wrong, images) in one split of a dataset, see `check`."""
+    images, labels = (f"{name}/{part.replace('SPLIT', split)}" for part in LAYOUTS[name][:2])
+    wrong = []
     try:
         rows = _LISTS[name](root / name, split)
-        if others := _other_pictures(root / name, split):
-            wrong.append(
-                f"{len(others)} pictures are not read, {others[0]}: expected {name}/{layout[0]} "
-                "(or .jpg, .jpeg)"
-            )
-        data = SegmentationDataset(name, _same_size_only(rows, False), "") if rows else None
+        others = _other_pictures(root / name, split)
+        if others:
+            text = f"{len(others)} pictures are not read, {others[0]}: expected {images}"
+            wrong.append(f"{text} (or .jpg, .jpeg)")
+        if not rows:
+            return [f"no images; expected {images} (or .jpg, .jpeg)"], wrong, 0
+        space = "synthia" if name == "synthia" else "cityscapes"
+        data = SegmentationDataset(name, _same_size_only(rows, False), space, False)
     except InputError as error:
-        return [f"{title}: problem: {error}"], 1, 0
-    if data is None:
-        lines = [f"{title}: no images; expected {name}/{layout[0]} (or .jpg, .jpeg)"]
-        return lines + [f"{title}: problem: {text}" for text in wrong], len(wrong), 0
-    data.space = "synthia" if name == "synthia" else "cityscapes"
+        return [], [str(error)], 0
     labelled = [i for i, sample in enumerate(data.samples) if sample.label is not None]
-    for index in labelled:
-        try:
-            classes.update(data.classes(index).nonzero().flatten().tolist())
-        except InputError as error:
-            wrong.append(f"{error}")
-    unfit = [row[2] for row in rows if row[2] is not None and row[2].is_file()]
-    if len(unfit) > len(labelled):
-        wrong.append(f"{len(unfit) - len(labelled)} labels have another size than their images")
+    there = sum(row[2] is not None and row[2].is_file() for row in rows)
+    if there > len(labelled):
+        wrong.append(
+            f"{there - len(labelled)} labels have another size than their images, or are broken"
+        )
     sizes = collections.Counter(f"{s.size[1]}x{s.size[0]}" for s in data.samples)
     sizes = ", ".join(f"{size} ({n})" for size, n in sizes.most_common(4))
     groups = len({sample.group for sample in data.samples})
-    lines.append(f"{title}: {len(data)} images in {groups} groups, {len(labelled)} labels; {sizes}")
+    found = [f"{len(data)} images in {groups} groups, {len(labelled)} labels; {sizes}"]
+    classes, broken = count_classes(data, labelled)
     if classes:
-        named = ", ".join(f"{NAMES[c]} {n}" for c, n in sorted(classes.items()))
-        lines.append(f"{title}: images that hold each class: {named}")
-    if len(labelled) < len(data) and split != "test":
-        lacks = f"{len(data) - len(labelled)} images have no label {name}/{layout[1]}"
-        if name in ("cityscapes", "acdc") and split == "train":
-            lines.append(f"{title}: {lacks}: run --oracle files, or cbst, st, source-only")
-        else:
-            wrong.append(lacks)
-    lines += [f"{title}: problem: {text}" for text in wrong]
-    return lines, len(wrong), len(data)
+        found.append(f"images that hold each class: {classes}")
+    if there < len(data) and split != "test":
+        lack = f"{len(data) - there} images have no label {labels}"
+        free = name in _TARGETS and split == "train"
+        (found if free else wrong).append(lack + _WITHOUT_LABELS * free)
+    return found, wrong + broken, len(data)
+
+
+_TARGETS = ("cityscapes", "acdc")
+_WITHOUT_LABELS = ": run --oracle files, or cbst, st, source-only"
+
+
+def count_classes(data: SegmentationDataset, indices: list[int]) -> tuple[str, list[str]]:
+    """("road 3, car 1", errors): in how many of these images each class occurs; labels that cannot
+    be read."""
+    counts, broken = collections.Counter(), []
+    for index in indices:
+        try:
+            counts.update(data.classes(index).nonzero().flatten().tolist())
+        except InputError as error:
+            broken.append(str(error))
+    return ", ".join(f"{NAMES[c]} {n}" for c, n in sorted(counts.items())), broken
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -210,6 +210,23 @@ def test_jpeg_and_png_photographs_are_found_with_and_without_labels(tmp_path):
     assert (data.truth(0) == 255).all() and (data.truth(1) == 0).all()
 
 
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+def test_a_photograph_of_a_turned_camera_stands_upright(orientation, tmp_path):
+    """Red above green, whatever way the camera stored it."""
+    upright = np.zeros((48, 32, 3), np.uint8)
+    upright[:24, :, 0] = upright[24:, :, 1] = 200
+    turns = {None: 0, 1: 0, 3: 2, 6: 1, 8: 3}[orientation]
+    stored, exif = Image.fromarray(np.rot90(upright, turns).copy()), Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    path = tmp_path / "cityscapes/leftImg8bit/train/home/a_leftImg8bit.jpg"
+    path.parent.mkdir(parents=True)
+    stored.save(path, exif=exif, quality=95)
+    data = D.open_dataset("cityscapes", tmp_path, reads_labels=False)
+    assert data.samples[0].size == (48, 32) and data.image(0).shape == (3, 48, 32)
+    assert (data.image(0).float().permute(1, 2, 0) - torch.from_numpy(upright)).abs().mean() < 9
+
+
 def test_a_wrong_name_shows_the_pattern_that_is_looked_for(tmp_path):
     photograph(tmp_path, "IMG_1.JPG")
     pattern = r"1 pictures have other names, IMG_1\.JPG.*train/CITY/NAME_leftImg8bit\.png"
