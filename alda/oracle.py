@@ -371,9 +371,13 @@ def labelme_labels(path: Path, content: dict, size: tuple[int, int], whole: bool
             wrong = f"label {shape.get('label')!r} is none of {', '.join(NAMES)}, unknown"
             problems.append(f"{path}: shape {number}: {wrong}")
         labels[mask] = NO_ANSWER if value is None else value
-    kinds = {"corrections": int, "seconds": (int, float)}
-    work = {key: own[key] for key, kind in kinds.items() if isinstance(own.get(key), kind)}
+    work = {key: own[key] for key in ("corrections", "seconds") if is_count(own.get(key))}
     return torch.from_numpy(labels), problems, work
+
+
+def is_count(value) -> bool:
+    """Whether this is a number of corrections or seconds that one can add up."""
+    return type(value) in (int, float) and 0 <= value < 1e9
 
 
 def class_of(label) -> int | None:

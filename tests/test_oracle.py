@@ -1,5 +1,7 @@
 """People answer through files: the same labels and weights as the ground truth gives, and nothing is lost on the way."""
 
+import contextlib
+import io
 import json
 import shutil
 
@@ -20,12 +22,13 @@ SPREAD = {"strategy": "cbda", "budget": 0.05, "steps": 6, "query_steps": "2,4", 
 GT = "cityscapes/gtFine/train"
 
 
-@pytest.fixture
-def unlabelled(tiny_world, tmp_path):
-    """The miniature world, and a copy of it without labels of the target's training images."""
-    shutil.copytree(tiny_world, tmp_path / "world")
-    shutil.rmtree(tmp_path / "world" / GT)
-    return tmp_path / "world"
+@pytest.fixture(scope="module")
+def unlabelled(tiny_world, tmp_path_factory):
+    """A copy of the miniature world without labels of the target's training images."""
+    world = tmp_path_factory.mktemp("unlabelled") / "world"
+    shutil.copytree(tiny_world, world)
+    shutil.rmtree(world / GT)
+    return world
 
 
 def opened(out):
@@ -150,20 +153,27 @@ def test_a_query_of_a_target_without_labels_says_the_ways_out(unlabelled, tmp_pa
 # ------------------------------------------------------------------------------------- problems
 
 
+@pytest.fixture(scope="module")
+def asked(unlabelled, tmp_path_factory):
+    """(run folder, what was printed) of a run of ripu-pa whose first round waits."""
+    out, text = tmp_path_factory.mktemp("asked") / "out", io.StringIO()
+    with contextlib.redirect_stderr(text):
+        assert loop.main(arguments(unlabelled, out, oracle="files", **PIXELS)) == 3
+    return out, text.getvalue()
+
+
 @pytest.fixture
-def waiting(unlabelled, tmp_path, capsys):
-    """(arguments, run folder, folder, questions) of a run of ripu-pa whose first round waits."""
+def waiting(asked, unlabelled, tmp_path):
+    """(arguments, run folder, folder, questions) of a copy of that run."""
     out = tmp_path / "out"
-    words = arguments(unlabelled, out, oracle="files", **PIXELS)
-    assert loop.main(words) == 3
-    error = capsys.readouterr().err
-    assert error.startswith("waiting: round 1 asks 12 questions on 6 images, in ")
-    assert error.endswith(f"python -m alda.loop --resume --out {out} goes on\n")
-    return words, out, *opened(out)
+    shutil.copytree(asked[0], out)
+    return arguments(unlabelled, out, oracle="files", **PIXELS), out, *opened(out)
 
 
-def test_a_round_of_questions_can_be_read_and_looked_at(waiting, unlabelled):
+def test_a_round_of_questions_can_be_read_and_looked_at(waiting, asked, unlabelled):
     _, out, folder, record = waiting
+    assert asked[1].startswith("waiting: round 1 asks 12 questions on 6 images, in ")
+    assert asked[1].endswith(f"python -m alda.loop --resume --out {asked[0]} goes on\n")
     assert record["unit"] == "pixel" and len(record["images"]) == 6
     target = open_dataset("cityscapes", unlabelled, "train", False)
     for sample in target.samples:
@@ -373,6 +383,12 @@ def test_a_broken_shape_is_a_problem_with_its_number(shape, tmp_path):
     labels, problems, _ = oracle.labelme_labels(tmp_path, {"shapes": [good, shape]}, (4, 4))
     assert len(problems) == 1 and "shape 2: " in problems[0] and "\n" not in problems[0]
     assert (labels == 10).sum() >= 13
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), 1e300, "3", None, True, [2]])
+def test_work_that_is_no_number_is_not_counted(value, tmp_path):
+    own = {"seconds": value, "corrections": value}
+    assert oracle.labelme_labels(tmp_path, {"shapes": [], "alda": own}, (4, 4))[2] == {}
 
 
 @pytest.mark.parametrize("content", [{"shapes": 3}, {"shapes": [], "imageHeight": 5}])
