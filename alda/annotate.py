@@ -72,7 +72,7 @@ class OpenRound:
         unit, radius = self.record["unit"], self.record["radius"]
         with self.lock:
             states = [self.state(index) for index in range(len(self.images))]
-        colours = {c.name: "#%02x%02x%02x" % c.colour for c in CLASSES} | {"unknown": "#000000"}  # noqa: UP031
+        colours = {c.name: "#" + bytes(c.colour).hex() for c in CLASSES} | {"unknown": "#000000"}
         return {
             "number": self.number,
             "unit": unit,
@@ -104,17 +104,24 @@ class OpenRound:
         paths = [self.folder / "answers" / (name + ending) for ending in ENDINGS]
         others = [path.name for path in paths if path.is_file() and path != self.path(index)]
         if self.path(index).is_file():
-            try:
-                own = read_json(self.path(index), "alda")["alda"]
-                if any(type(own[key]) is not type(state[key]) for key in PARTS):
-                    raise TypeError
-                if len(own["picks"]) != len(state["picks"]):
-                    raise TypeError
-                state |= {key: own[key] for key in PARTS}
-            except (InputError, LookupError, TypeError):  # of another tool
-                others.append(self.path(index).name)
+            own = self.own_part(index, state)
+            others += [self.path(index).name] if own is None else []
+            state |= own or {}
         state["elsewhere"] = others[0] if others else None
         return state
+
+    def own_part(self, index: int, blank: dict) -> dict | None:
+        """What the page wrote into answers/IMAGE.json; None for a file of another tool, or edited."""
+        try:
+            own = read_json(self.path(index), "alda")["alda"]
+            kinds = [type(own[key]) is type(blank[key]) for key in PARTS]
+            picks = enumerate(own["picks"])
+            fine = [parts_of(answer, len(self.cells(index, i))) is not None for i, answer in picks]
+            fine += [p["label"] in LABELS and all_points(p["points"]) for p in own["polygons"]]
+            count = len(own["picks"]) == len(blank["picks"])
+            return {key: own[key] for key in PARTS} if all(kinds + fine) and count else None
+        except (InputError, LookupError, TypeError):
+            return None
 
     def answer(self, message) -> dict:
         """Writes what a page says about an image; returns the image's state.
@@ -146,13 +153,12 @@ class OpenRound:
         if type(pick) is not int or not 0 <= pick < len(picks):
             raise Refused(400, "no such question")
         count = len(self.cells(index, pick))
-        parts = answer if isinstance(answer, list) else [answer] * count
-        if len(parts) != count or any(part is not None and part not in LABELS for part in parts):
+        parts, before = parts_of(answer, count), parts_of(picks[pick], count)
+        if parts is None:
             raise Refused(400, "no such class")
         if picks[pick] != was:
             text = f"another tab had answered {said(picks[pick])}: it was kept"
             raise Refused(409, text, state)
-        before = picks[pick] if isinstance(picks[pick], list) else [picks[pick]] * count
         pairs = zip(before, parts, strict=True)
         state["corrections"] += any(old is not None and old != new for old, new in pairs)
         picks[pick] = answer if any(part is not None for part in parts) else None
@@ -164,8 +170,9 @@ class OpenRound:
             label, points = new.get("label"), new.get("points")
             if label not in LABELS or not all_points(points) or len(points) < 3:
                 raise Refused(400, "a polygon has a class and three points or more")
-            last = max((polygon["id"] for polygon in state["polygons"]), default=0)
-            state["polygons"].append({"id": last + 1, "label": label, "points": points})
+            # how many were ever drawn: a removed polygon's id never comes back
+            drawn = len(state["polygons"]) + state["corrections"]
+            state["polygons"].append({"id": drawn + 1, "label": label, "points": points})
         elif "remove" in message:
             kept = [polygon for polygon in state["polygons"] if polygon["id"] != message["remove"]]
             if len(kept) == len(state["polygons"]):
@@ -193,7 +200,8 @@ class OpenRound:
                 (top, left), (bottom, right) = cells[0], cells[-1]
                 corners = [[left, top], [right + 1, bottom + 1]]
                 shapes.append(shape(answer, "rectangle", corners))
-            for (row, col), part in zip(cells, answer if isinstance(answer, list) else ()):  # noqa: B905
+            parts = answer if isinstance(answer, list) else []
+            for (row, col), part in zip(cells, parts, strict=False):
                 if part is not None:
                     shapes.append(shape(part, "point", [[col + 0.5, row + 0.5]]))
         question = self.images[index][1]
@@ -207,6 +215,14 @@ class OpenRound:
 def shape(label: str, kind: str, points: list) -> dict:
     """A shape as Labelme writes it."""
     return {"label": label, "shape_type": kind, "points": points, "group_id": None, "flags": {}}
+
+
+def parts_of(answer, count: int) -> list | None:
+    """The answer to each of the `count` pixels of a pick, a label or None; None where it is no
+    answer."""
+    parts = answer if isinstance(answer, list) else [answer] * count
+    fine = len(parts) == count and all(part is None or part in LABELS for part in parts)
+    return parts if fine else None
 
 
 def said(answer) -> str:

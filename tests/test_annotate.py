@@ -238,10 +238,15 @@ def test_answers_of_another_tool_are_left_alone(serve, tiny_world):
         assert told["state"]["elsewhere"] == name + ending
 
 
-@pytest.mark.parametrize("own", [3, {}, {"picks": 3}, {"picks": [], "polygons": []}])
+@pytest.mark.parametrize(
+    "own", [3, {}, {"picks": 3}, {"picks": []}, {"picks": ["cat", None]}, {"polygons": [3]}]
+)
 def test_an_edited_answer_is_left_alone(own, serve):
     server = serve("pixel")
     path = server.round.path(0)
+    if isinstance(own, dict) and own:
+        assert post(server, {"image": 0, "pick": 0, "answer": "car", "was": None})[0] == 200
+        own = json.loads(path.read_text())["alda"] | own
     path.write_text(json.dumps({"shapes": [], "alda": own}))
     assert server.round.state(0)["elsewhere"] == path.name
     assert request(server, "GET", f"/{server.token}/questions")[0] == 200
@@ -294,6 +299,9 @@ def test_whole_images_by_polygons(serve):
     state = post(server, {"image": 0, "remove": 3})[1]["state"]
     assert [p["label"] for p in state["polygons"]] == ["car", "bus"] and state["corrections"] == 1
     assert post(server, {"image": 0, "remove": 3})[0] == 409
+    again = post(server, {"image": 0, "add": {"label": "sky", "points": square}})[1]["state"]
+    assert [p["id"] for p in again["polygons"]] == [1, 2, 4]  # 3 is gone for good
+    assert post(server, {"image": 0, "remove": 4})[0] == 200
     labels, _, _ = oracle.read_answer(server.round.path(0), (128, 256), True)
     assert (labels == 254).sum() == 128 * 256 - 600  # not finished
     assert post(server, {"image": 0, "finished": True})[1]["state"]["finished"]
