@@ -106,6 +106,13 @@ def test_what_the_page_gets(serve):
         assert status == 200 and (shown == np.array(Image.open(path).convert("RGB"))).all()
 
 
+def test_a_photograph_that_was_moved_is_told(serve, tmp_path):
+    server = serve("pixel")
+    server.round.images[0][1]["photograph"] = str(tmp_path / "gone.png")
+    status, told, _ = request(server, "GET", f"/{server.token}/photograph/0")
+    assert status == 500 and "gone.png: cannot be read as an image" in json.loads(told)["error"]
+
+
 def test_the_page_needs_nothing_from_elsewhere():
     text = annotate.PAGE.read_text()
     assert not re.search(r"https?://|//[a-z]+\.|<link|@import|\bsrc=|eval\(|innerHTML", text)

@@ -279,6 +279,26 @@ def test_a_kill_between_the_two_names_of_a_round_loses_nothing(waiting, tiny_wor
     assert {p.name for p in (out / "rounds").iterdir()} == {"01", "01.answered", "02.open"}
 
 
+def test_a_kill_while_asking_asks_the_same_again(asked, unlabelled, tmp_path, monkeypatch):
+    out, drawn = tmp_path / "out", []
+
+    def killed(*args, real=oracle.draw_overlay):
+        drawn.append(real(*args))
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(oracle, "draw_overlay", killed)
+    words = arguments(unlabelled, out, oracle="files", **PIXELS)
+    with pytest.raises(KeyboardInterrupt):
+        loop.main(words)
+    assert [p.name for p in (out / "rounds").iterdir()] == ["01.open.incomplete"]
+    assert loop.main([*words, "--resume"]) == 3
+    folders = [(run / "rounds/01.open") for run in (out, asked[0])]
+    mine, theirs = ({p.name: p.read_bytes() for p in f.rglob("*.*")} for f in folders)
+    assert mine == theirs and len(mine) == 2 * 6 + 2
+    assert [p.name for p in (out / "rounds").iterdir()] == ["01.open"]
+
+
 @pytest.mark.parametrize("part", ["unit", "images", "files", "notes"])
 def test_edited_questions_are_one_line(part, waiting, capsys):
     words, _, folder, record = waiting
