@@ -318,8 +318,9 @@ def ledger(records: list[dict]) -> dict:
     total["images"] = len({image for r in records for image in r["images"]})
     rows = [row for r in records for row in r["images"].values()]
     rows = [row for row in rows if isinstance(row, dict) and "answers" in row]
-    if rows:  # people answered; None: nobody measured how long
-        total |= {key: sum(row.get(key) or 0 for row in rows) for key in PEOPLE}
+    for key in PEOPLE:  # None: nobody measured how long it took
+        known = [row[key] for row in rows if row.get(key) is not None]
+        total |= {key: sum(known)} if known else {}
     names = list(records[0]["classes"]) if records else NAMES
     total["classes"] = {name: sum(r["classes"][name] for r in records) for name in names}
     share = torch.tensor([*total["classes"].values()]).double() / max(1, total["labelled"])

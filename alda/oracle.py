@@ -29,6 +29,7 @@ from alda.annotation import (
     checked_bytes,
     complete_folder,
     decode_map,
+    ledger,
     write_map,
 )
 from alda.datasets import CLASSES, NAMES, NUM_CLASSES, read_json, read_label, write_atomic
@@ -271,12 +272,11 @@ def merge(s, rounds: Rounds, number: int, folder: Path, record: dict, files: dic
             new.images[image_id] |= given.work
             unanswered += int((given.labels == NO_ANSWER).sum())
         new.notes = {**record["notes"], "unanswered": unanswered}
-    done = rounds.record(number)
-    rows = done["images"].values()
-    answers, corrections = (sum(row[key] for row in rows) for key in ("answers", "corrections"))
+    done = ledger([rounds.record(number)])
+    minutes = f"{done['seconds'] / 60:.1f} min" if "seconds" in done else "time unknown"
     print(
-        f"round {number}: people gave {answers:,} answers ({corrections:,} corrections, "
-        f"{sum(row['seconds'] or 0 for row in rows) / 60:.1f} min) on {len(rows):,} images: "
+        f"round {number}: people gave {done.get('answers', 0):,} answers "
+        f"({done.get('corrections', 0):,} corrections, {minutes}) on {done['images']:,} images: "
         f"{done['labelled']:,} of {done['asked']:,} px have a class, {unanswered:,} no answer",
         flush=True,
     )
