@@ -53,7 +53,7 @@ class OpenRound:
     The state of an image is {"picks": [answer of each pick], "polygons": [{"id", "label", "points"}],
     "finished": bool, "corrections": int, "seconds": float, "elsewhere": file or None}. An answer is a
     label, None, or for a region a list with a label or None for each of its pixels. "elsewhere": another
-    tool answered the image, the page leaves it alone.
+    program answered the image, the page leaves it alone.
     """
 
     def __init__(self, out: Path):
@@ -111,7 +111,7 @@ class OpenRound:
         return state
 
     def own_part(self, index: int, blank: dict) -> dict | None:
-        """What the page wrote into answers/IMAGE.json; None for a file of another tool, or edited."""
+        """What the page wrote into answers/IMAGE.json; None for a file of another program, or edited."""
         try:
             own = read_json(self.path(index), "alda")["alda"]
             kinds = [type(own[key]) is type(blank[key]) for key in PARTS]

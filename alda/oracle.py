@@ -1,7 +1,7 @@
 """Questions to people on disk, their answers in files. How does a person answer?
 
     python -m alda.loop ... --oracle files        # asks: writes OUT/rounds/01.open, exit status 3
-    python -m alda.annotate OUT                   # a page to answer on; any other tool does, too
+    python -m alda.annotate OUT                   # a page to answer on; any other program does, too
     python -m alda.loop --resume --out OUT        # checks every answer, makes them round 01, goes on
 
 A round that waits is the folder `rounds/01.open`: `queries/IMAGE.png` (255 = asked), `overlays/IMAGE.jpg`
@@ -146,7 +146,7 @@ overlays/ shows where (yellow), queries/ holds the same as masks (255 = asked). 
 
   python -m alda.annotate RUN        (RUN is the folder above rounds/)
 
-serves a page to answer on. Any other tool does, too: put ONE file for each image into answers/.
+serves a page to answer on. Any other program does, too: put ONE file for each image into answers/.
 
   {example}_labelIds.png        label ids (Cityscapes), one channel, the size of the photograph; or
   {example}_labelTrainIds.png   train ids, 255 for none; or

@@ -180,7 +180,7 @@ annotate | annotate | two tabs write at once
 -            state = self.state(index)
 +        with threading.Lock():
 +            state = self.state(index)
-annotate | annotate | the page overwrites the answers of other tools
+annotate | annotate | the page overwrites the answers of other programs
 -            if state["elsewhere"]:
 +            if False:
 annotate | annotate | a first answer is a correction

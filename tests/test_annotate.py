@@ -530,7 +530,7 @@ def test_regions_and_whole_images_by_keyboard(browser, serve, tiny_world):
 
 
 def test_a_scripted_person_needs_no_more_than_the_files(serve, questions, tiny_world):
-    """The page's own file and a file of another tool give the same labels."""
+    """The page's own file and a file of another program give the same labels."""
     server = serve("pixel")
     for index, (name, question) in enumerate(server.round.images):
         truth = id_map("cityscapes")[np.array(Image.open(truth_of(tiny_world, name)))]
