@@ -5,6 +5,8 @@ from alda import __version__
 COMMANDS = {
     "loop": "trains one strategy from a source to a target dataset; start with --root toy",
     "evaluation": "score, predict, compare: a network under a named protocol, runs side by side",
+    "annotate": "a page on which people answer a run of --oracle files",
+    "datasets": "check ROOT: what is found in a folder of datasets, and what is missing",
     "toy": "writes the miniature world: GTA5, SYNTHIA and Cityscapes in their folder layouts",
 }
 

@@ -307,13 +307,20 @@ def check_ids(labels: torch.Tensor, what: str, classes: int) -> None:
 # ------------------------------------------------------------------------------- the ledger
 
 LEDGER = ("asked", "labelled", "ignored", "trained", "regions")
+PEOPLE = ("answers", "corrections", "seconds")  # of the images that people answered, see oracle.py
 
 
 def ledger(records: list[dict]) -> dict:
     """Sums over rounds: asked, labelled, ignored and trained pixels, regions, labelled pixels per
-    class and their entropy (over log C), and how many images were asked."""
+    class and their entropy (over log C), how many images were asked; and where people answered,
+    their answers, corrections and seconds."""
     total = {key: sum(r[key] for r in records) for key in LEDGER}
     total["images"] = len({image for r in records for image in r["images"]})
+    rows = [row for r in records for row in r["images"].values()]
+    rows = [row for row in rows if isinstance(row, dict) and "answers" in row]
+    for key in PEOPLE:  # None: nobody measured how long it took
+        known = [row[key] for row in rows if row.get(key) is not None]
+        total |= {key: sum(known)} if known else {}
     names = list(records[0]["classes"]) if records else NAMES
     total["classes"] = {name: sum(r["classes"][name] for r in records) for name in names}
     share = torch.tensor([*total["classes"].values()]).double() / max(1, total["labelled"])

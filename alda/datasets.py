@@ -1,5 +1,6 @@
 """Label spaces, the four datasets, joint transforms, samplers. What are the pixels and the labels?
 
+    python -m alda.datasets check /data                    # what is found there, and what is missing
     from alda.datasets import open_dataset, JointTransform, TrainingView, EndlessSampler
     source = open_dataset("gta5", "/data")                # /data/gta5/images, /data/gta5/labels
     target = open_dataset("cityscapes", "/data", "train")  # /data/cityscapes/leftImg8bit/train, .../gtFine/train
@@ -24,7 +25,9 @@ Differences from papers and official code:
       ids among Cityscapes' 19, and resizes SYNTHIA's labels bilinearly, which invents classes.
 """
 
+import argparse
 import atexit
+import collections
 import hashlib
 import io
 import json
@@ -33,6 +36,7 @@ import multiprocessing.util
 import os
 import signal
 import struct
+import sys
 import time
 import weakref
 import zlib
@@ -46,7 +50,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.io import ImageReadMode, decode_image
 
@@ -197,8 +201,8 @@ def write_atomic(path: Path, content) -> None:
 
 
 class Sample(NamedTuple):
-    """One image of a dataset. `label` is None where a dataset publishes none (Cityscapes and ACDC
-    test)."""
+    """One image of a dataset. `label` is None where there is none: Cityscapes and ACDC test, and
+    training images of a target whose labels nobody reads."""
 
     id: str  # unique in its dataset; names the files of a query round
     image: Path
@@ -217,6 +221,12 @@ def checked_picture(content: bytes):
         yield picture
 
 
+def turned(picture: Image.Image) -> bool:
+    """Whether a JPEG of a camera that was held upright is stored lying (EXIF orientation 5 to 8), or
+    upside down or mirrored (2 to 4)."""
+    return picture.format == "JPEG" and picture.getexif().get(0x0112, 1) in range(2, 9)
+
+
 def read_image(path: Path) -> torch.Tensor:
     """The image as (3,H,W) uint8 RGB. Raises InputError naming a missing, unreadable or truncated
     file, and one of 16-bit, 32-bit or float grey, which 8 bits would clip."""
@@ -227,6 +237,8 @@ def read_image(path: Path) -> torch.Tensor:
                     f"{path}: is grey of more than 8 bits (mode {picture.mode}), expected 8-bit "
                     "RGB; convert it, or its values would be clipped"
                 )
+            if turned(picture):
+                picture = ImageOps.exif_transpose(picture)
             # (H,W,3) -> (3,H,W)
             return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
     except PICTURE_ERRORS as error:
@@ -288,11 +300,13 @@ class SegmentationDataset(Dataset):
 
     The list is checked once: every image must have a label (where the split has any) and an id of
     its own that is a plain file name (InputError), every header must be readable; an image whose
-    label has another size is left out, with one warning line (GTA5 has a few of them).
+    label has another size is left out, with one warning line (GTA5 has a few of them). Where nothing
+    is learnt from the labels (`reads_labels` False) they may be missing, and change no fingerprint.
     """
 
-    def __init__(self, name: str, samples: list[Sample], space: str):
+    def __init__(self, name: str, samples: list[Sample], space: str, reads_labels: bool = True):
         self.name, self.samples, self.space = name, samples, space
+        self.reads_labels = reads_labels
         first: dict[str, Sample] = {}
         for sample in samples:
             file_name(sample.id)
@@ -313,6 +327,18 @@ class SegmentationDataset(Dataset):
         if sample.label is None:
             raise InputError(f"{sample.image}: this split publishes no labels")
         return read_label(sample.label, self.space)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether any image has a label."""
+        return any(sample.label is not None for sample in self.samples)
+
+    def truth(self, index: int) -> torch.Tensor:
+        """The labels for reports and pictures, (H,W) uint8; 255 everywhere where an image has
+        none."""
+        if self.samples[index].label is None:
+            return torch.full(self.samples[index].size, IGNORE, dtype=torch.uint8)
+        return self.labels(index)
 
     def classes(self, index: int) -> torch.Tensor:
         """Which classes the image holds: (C,) bool."""
@@ -335,7 +361,8 @@ class SegmentationDataset(Dataset):
         config.json remembers of its data."""
         total = hashlib.sha256()
         for sample in self.samples:
-            files = [path for path in (sample.image, sample.label) if path is not None]
+            label = sample.label if self.reads_labels else None
+            files = [path for path in (sample.image, label) if path is not None]
             line = [sample.id, sample.group, *sample.size, *(p.stat().st_size for p in files)]
             total.update(json.dumps(line).encode())
         return {"images": len(self), "sha256": total.hexdigest()}
@@ -352,75 +379,110 @@ def file_name(image_id: str) -> str:
     return image_id
 
 
-_WHERE = {
-    "gta5": ("images/*.png and labels/*.png", "https://download.visinf.tu-darmstadt.de/data/from_games/"),
-    "synthia": ("RGB/*.png and GT/LABELS/*.png (SYNTHIA-RAND-CITYSCAPES)", "https://synthia-dataset.net/downloads/"),
-    "cityscapes": ("leftImg8bit/SPLIT/CITY/*.png and gtFine/SPLIT/CITY/*_labelIds.png", "https://www.cityscapes-dataset.com/"),
-    "acdc": ("rgb_anon/CONDITION/SPLIT/SEQUENCE/*.png and gt/CONDITION/SPLIT/SEQUENCE/*_labelIds.png", "https://acdc.vision.ee.ethz.ch/"),
+PICTURES = (".png", ".jpg", ".jpeg")  # the endings of photographs, in small or capital letters
+
+
+class Layout(NamedTuple):
+    """How the files of a dataset are named below its folder, and where it is obtained. SPLIT, CITY,
+    CONDITION, SEQUENCE and NAME stand for what differs."""
+
+    images: str
+    labels: str
+    url: str
+
+
+LAYOUTS = {
+    "gta5": Layout("images/*.png", "labels/*.png", "https://download.visinf.tu-darmstadt.de/data/from_games/"),
+    "synthia": Layout("RGB/*.png", "GT/LABELS/*.png (SYNTHIA-RAND-CITYSCAPES)", "https://synthia-dataset.net/downloads/"),
+    "cityscapes": Layout(
+        "leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png", "gtFine/SPLIT/CITY/NAME_gtFine_labelIds.png",
+        "https://www.cityscapes-dataset.com/",
+    ),
+    "acdc": Layout(
+        "rgb_anon/CONDITION/SPLIT/SEQUENCE/NAME_rgb_anon.png", "gt/CONDITION/SPLIT/SEQUENCE/NAME_gt_labelIds.png",
+        "https://acdc.vision.ee.ethz.ch/",
+    ),
 }  # fmt: skip
 ACDC_CONDITIONS = ("fog", "night", "rain", "snow")
 
 
-def open_dataset(name: str, root: str | Path, split: str = "train") -> SegmentationDataset:
+def open_dataset(
+    name: str, root: str | Path, split: str = "train", reads_labels: bool = True
+) -> SegmentationDataset:
     """Lists the dataset `name` ("gta5", "synthia", "cityscapes", "acdc") below `root`/`name`.
 
     `split` is "train", "val" or "test" for Cityscapes and ACDC; the sources have one split only.
-    Raises InputError with the folder looked for, what belongs in it and where it is obtained; and
-    for images without labels.
+    Without `reads_labels` images may lack a label (a target that people label, or nobody). Raises
+    InputError with the folder looked for, what belongs in it and where it is obtained; and for
+    images without labels.
     """
-    if name not in _WHERE:
-        raise InputError(f"unknown dataset {name!r}; known: {', '.join(_WHERE)}")
+    if name not in LAYOUTS:
+        raise InputError(f"unknown dataset {name!r}; known: {', '.join(LAYOUTS)}")
     base = Path(root) / name
-    found = {
-        "gta5": _list_flat,
-        "synthia": _list_flat,
-        "cityscapes": _list_cityscapes,
-        "acdc": _list_acdc,
-    }[name](base, split)
+    found = _LISTS[name](base, split)
     if not found:
-        content, url = _WHERE[name]
+        layout = LAYOUTS[name]
+        others = _other_pictures(base, split)
+        named = f" ({len(others)} pictures have other names, {others[0].name})" if others else ""
         raise InputError(
-            f"no {name} images ({split}) below {base.resolve()}: expected {content.replace('SPLIT', split)}; "
-            f"obtain it from {url} or try the miniature world with --root toy"
+            f"no {name} images ({split}) below {base.resolve()}{named}: expected "
+            f"{layout.images.replace('SPLIT', split)} (or .jpg, .jpeg) and "
+            f"{layout.labels.replace('SPLIT', split)}; obtain it from {layout.url} or try the "
+            "miniature world with --root toy; python -m alda.datasets check ROOT lists what is there"
         )
-    missing = [image for _, image, label, _ in found if label is not None and not label.is_file()]
-    if missing:
+    missing = [row for row in found if row[2] is not None and not row[2].is_file()]
+    if missing and reads_labels:
+        _, image, label, _ = missing[0]
+        own = name in ("cityscapes", "acdc") and split == "train"
+        hint = "; without labels: --oracle files, or cbst, st, source-only" if own else ""
         raise InputError(
-            f"{missing[0]}: has no label file ({len(missing)} such images); unpack the labels too or remove the image"
+            f"{image}: has no label file, looked for {label} ({len(missing)} such images); unpack "
+            f"the labels too or remove the image{hint}"
         )
     space = "synthia" if name == "synthia" else "cityscapes"
-    return SegmentationDataset(name, _same_size_only(found), space)
+    return SegmentationDataset(name, _same_size_only(found, reads_labels), space, reads_labels)
+
+
+def _pictures(folder: Path, pattern: str, ending: str = "") -> list[tuple[str, Path]]:
+    """(name without `ending`, path) of the PNG and JPEG files of that pattern and ending, sorted."""
+    paths = [path for path in folder.glob(pattern) if path.suffix.lower() in PICTURES]
+    return [(p.stem.removesuffix(ending), p) for p in sorted(paths) if p.stem.endswith(ending)]
+
+
+def _other_pictures(base: Path, split: str) -> list[Path]:
+    """The pictures of a split whose names are not those of the dataset, sorted."""
+    known = {row[1] for row in _LISTS[base.name](base, split)}
+    images = LAYOUTS[base.name].images
+    paths = []
+    for part in ACDC_CONDITIONS if base.name == "acdc" else ("",):
+        pattern = images.replace("CONDITION", part).replace("SPLIT", split).split("/")
+        top = base.joinpath(*[part for part in pattern[:-1] if part not in ("CITY", "SEQUENCE")])
+        paths += [path for path in top.rglob("*") if path.suffix.lower() in PICTURES]
+    return sorted(set(paths) - known)
 
 
 def _list_flat(base: Path, split: str) -> list[tuple]:
     images, labels = ("images", "labels") if base.name == "gta5" else ("RGB", "GT/LABELS")
     return [
-        (p.stem, p, base / labels / p.name, base.name)
-        for p in sorted((base / images).glob("*.png"))
+        (stem, path, base / labels / f"{stem}.png", base.name)
+        for stem, path in _pictures(base / images, "*")
     ]
 
 
 def _list_cityscapes(base: Path, split: str) -> list[tuple]:
     found = []
-    for image in sorted((base / "leftImg8bit" / split).glob("*/*_leftImg8bit.png")):
-        stem, city = image.name.removesuffix("_leftImg8bit.png"), image.parent.name
-        found.append(
-            (
-                stem,
-                image,
-                _pick_label(base / "gtFine" / split / city, f"{stem}_gtFine", split),
-                city,
-            )
-        )
+    for stem, image in _pictures(base / "leftImg8bit" / split, "*/*", "_leftImg8bit"):
+        city = image.parent.name
+        label = _pick_label(base / "gtFine" / split / city, f"{stem}_gtFine", split)
+        found.append((stem, image, label, city))
     return found
 
 
 def _list_acdc(base: Path, split: str) -> list[tuple]:
     found = []
     for condition in ACDC_CONDITIONS:
-        for image in sorted((base / "rgb_anon" / condition / split).glob("*/*_rgb_anon.png")):
-            stem, sequence = image.name.removesuffix("_rgb_anon.png"), image.parent.name
-            folder = base / "gt" / condition / split / sequence
+        for stem, image in _pictures(base / "rgb_anon" / condition / split, "*/*", "_rgb_anon"):
+            folder = base / "gt" / condition / split / image.parent.name
             found.append((stem, image, _pick_label(folder, f"{stem}_gt", split), condition))
     there = {condition for *_, condition in found}
     if there and there != set(ACDC_CONDITIONS):
@@ -432,6 +494,14 @@ def _list_acdc(base: Path, split: str) -> list[tuple]:
     return found
 
 
+_LISTS = {
+    "gta5": _list_flat,
+    "synthia": _list_flat,
+    "cityscapes": _list_cityscapes,
+    "acdc": _list_acdc,
+}
+
+
 def _pick_label(folder: Path, stem: str, split: str) -> Path | None:
     """The train-id file where there is one, else the label-id file (the official one); None for the
     test split."""
@@ -441,10 +511,12 @@ def _pick_label(folder: Path, stem: str, split: str) -> Path | None:
     return train_ids if train_ids.is_file() else folder / f"{stem}_labelIds.png"
 
 
-def _same_size_only(found: list[tuple]) -> list[Sample]:
+def _same_size_only(found: list[tuple], reads_labels: bool) -> list[Sample]:
     kept, dropped = [], []
     for stem, image, label, group in found:
         size = _header_size(image)
+        if not reads_labels and not _fits(label, size):
+            label = None  # nothing is learnt from it: the image stays
         if label is None or _header_size(label) == size:
             kept.append(Sample(stem, image, label, group, size))
         else:
@@ -462,10 +534,19 @@ def _same_size_only(found: list[tuple]) -> list[Sample]:
     return kept
 
 
+def _fits(label: Path | None, size: tuple[int, int]) -> bool:
+    """Whether a label is there, can be read and has its image's size."""
+    try:
+        return label is not None and label.is_file() and _header_size(label) == size
+    except InputError:
+        return False
+
+
 def _header_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as picture:
-            return picture.size[1], picture.size[0]
+            lying = turned(picture) and picture.getexif()[0x0112] >= 5
+            return picture.size if lying else picture.size[::-1]
     except PICTURE_ERRORS as error:
         raise InputError(
             f"{path}: cannot be read as a picture ({_first_line(error)}); copy it again or remove it"
@@ -777,7 +858,7 @@ class TrainingView(Dataset):
 def truth_inside(dataset: SegmentationDataset, index: int) -> torch.Tensor:
     """The truth of an image with 254 where it says nothing, so that after a crop 255 marks what
     lies outside the image."""
-    labels = dataset.labels(index)
+    labels = dataset.truth(index)
     return labels.masked_fill(labels == IGNORE, NO_TRUTH)
 
 
@@ -908,3 +989,112 @@ def class_presence(dataset: SegmentationDataset, workers: int = 0) -> np.ndarray
     are not needed)."""
     rows = load(EachImage(len(dataset), dataset.classes), workers, batch_size=None)
     return np.stack([row.numpy() for row in progress(rows, len(dataset), "labels read")])
+
+
+# ------------------------------------------------------------------------------------- what is there
+
+
+def check(root: str | Path) -> tuple[list[str], int]:
+    """(lines, problems): what is found below `root` in each dataset's layout (images, labels, sizes,
+    classes), what is missing and how its files must be named, and how many problems that is.
+
+    Reads every label once. Raises InputError where there is no such folder.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"{root}: there is no such folder; give the one that holds cityscapes/")
+    lines, problems, images = [], 0, {}
+    for name in LAYOUTS:
+        if not (root / name).is_dir():
+            lines.append(f"{name}: no folder {root / name}")
+            continue
+        for split in ("train", "val", "test") if name in _TARGETS else ("train",):
+            found, wrong, images[name, split] = check_split(name, root, split)
+            title = f"{name} {split}" if name in _TARGETS else name
+            lines += [f"{title}: {text}" for text in found]
+            lines += [f"{title}: problem: {text}" for text in wrong]
+            problems += len(wrong)
+    if not any(images.values()):
+        problems += 1
+        for name, layout in LAYOUTS.items():
+            lines.append(f"expected {name}/{layout.images} and {name}/{layout.labels}")
+    for name in _TARGETS:
+        if images.get((name, "train")) and not images.get((name, "val")):
+            problems += 1
+            lines.append(f"{name} val: problem: nothing to score on: label a few images for val")
+    return lines, problems
+
+
+def check_split(name: str, root: Path, split: str) -> tuple[list[str], list[str], int]:
+    """(what is found, what is wrong, images) in one split of a dataset, see `check`."""
+    images, labels = (f"{name}/{part.replace('SPLIT', split)}" for part in LAYOUTS[name][:2])
+    wrong = []
+    try:
+        rows = _LISTS[name](root / name, split)
+        others = _other_pictures(root / name, split)
+        if others:
+            text = f"{len(others)} pictures are not read, {others[0]}: expected {images}"
+            wrong.append(f"{text} (or .jpg, .jpeg)")
+        if not rows:
+            return [f"no images; expected {images} (or .jpg, .jpeg)"], wrong, 0
+        space = "synthia" if name == "synthia" else "cityscapes"
+        data = SegmentationDataset(name, _same_size_only(rows, False), space, False)
+    except InputError as error:
+        return [], [str(error)], 0
+    labelled = [i for i, sample in enumerate(data.samples) if sample.label is not None]
+    there = sum(row[2] is not None and row[2].is_file() for row in rows)
+    if there > len(labelled):
+        wrong.append(
+            f"{there - len(labelled)} labels have another size than their images, or are broken"
+        )
+    sizes = collections.Counter(f"{s.size[1]}x{s.size[0]}" for s in data.samples)
+    sizes = ", ".join(f"{size} ({n})" for size, n in sizes.most_common(4))
+    groups = len({sample.group for sample in data.samples})
+    found = [f"{len(data)} images in {groups} groups, {len(labelled)} labels; {sizes}"]
+    classes, broken = count_classes(data, labelled)
+    if classes:
+        found.append(f"images that hold each class: {classes}")
+    if there < len(data) and split != "test":
+        lack = f"{len(data) - there} images have no label {labels}"
+        free = name in _TARGETS and split == "train"
+        (found if free else wrong).append(lack + _WITHOUT_LABELS * free)
+    return found, wrong + broken, len(data)
+
+
+_TARGETS = ("cityscapes", "acdc")
+_WITHOUT_LABELS = ": run --oracle files, or cbst, st, source-only"
+
+
+def count_classes(data: SegmentationDataset, indices: list[int]) -> tuple[str, list[str]]:
+    """("road 3, car 1", errors): in how many of these images each class occurs; labels that cannot
+    be read."""
+    counts, broken = collections.Counter(), []
+    for index in indices:
+        try:
+            counts.update(data.classes(index).nonzero().flatten().tolist())
+        except InputError as error:
+            broken.append(str(error))
+    return ", ".join(f"{NAMES[c]} {n}" for c, n in sorted(counts.items())), broken
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: `check ROOT`; the exit status is 2 where something is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alda.datasets", description="What is in a folder of datasets?"
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    text = "lists images, labels, sizes and classes in each layout, and what is missing"
+    commands.add_parser("check", help=text, description=text).add_argument("root", metavar="ROOT")
+    try:
+        lines, problems = check(parser.parse_args(argv).root)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    if problems:
+        print(f"error: {problems} problems, listed above", file=sys.stderr)
+    return 2 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

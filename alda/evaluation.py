@@ -33,6 +33,7 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from alda import IGNORE, InputError, deeplab
+from alda.annotation import PEOPLE
 from alda.datasets import (
     CLASS_SETS,
     NAMES,
@@ -364,6 +365,8 @@ def checked_result(path: Path) -> dict:
     wrong = misfits(result, RESULT | {k: v for k, v in OPTIONAL.items() if k in result})
     loops = result.get("loops", [])
     wrong += [] if isinstance(loops, list) else ["loops"]
+    budget = result.get("budget") if not wrong else {}
+    wrong += [key for key in PEOPLE if not isinstance(budget.get(key, 0), NUMBER)]
     wrong += [name for loop in loops for name in misfits(loop, LOOP, "loops")] if not wrong else []
     if wrong:
         raise InputError(
@@ -399,6 +402,7 @@ def comparison_row(run: str, result: dict, s: dict) -> dict:
         "% of pixels": _percent(budget.get("share")),
         "images asked": budget["images"],
         "pixels trained": budget["trained"],
+        **{f"people: {key}": round(budget[key], 1) for key in PEOPLE if key in budget},
         "class entropy": round(budget["class_entropy"], 3) if budget["asked"] else None,
         "before: mIoU19": _percent(result.get("before", {}).get("mIoU19")),
         **{f"mIoU{n}": _percent(result[f"mIoU{n}"]) for n in CLASS_SETS},

@@ -70,6 +70,7 @@ from alda.losses import (
     negative_learning,
     weighted_consistency,
 )
+from alda.oracle import Waiting, collect
 from alda.pictures import save_story
 from alda.rounds import (
     ask_images,
@@ -145,7 +146,8 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
     network and sees no source image.
     """
     source = None if s.source_free else open_dataset(s.src, s.root)
-    target = None if s.strategy == "source-only" else open_dataset(s.tgt, s.root, "train")
+    reads = s.reads_truth  # its labels may be missing where nothing is learnt from them
+    target = None if s.strategy == "source-only" else open_dataset(s.tgt, s.root, "train", reads)
     validation = open_dataset(s.tgt, s.root, "val")
     remember_data(out, source=source, target=target, validation=validation)
     schedule = [] if s.strategy in ("source-only", "full") else query_schedule(s)
@@ -281,7 +283,8 @@ def train_cbst(s: Settings, out: Path, device: torch.device) -> dict:
     The training split of the target is used without its labels; the validation split is only
     scored.
     """
-    source, target = open_dataset(s.src, s.root), open_dataset(s.tgt, s.root, "train")
+    source = open_dataset(s.src, s.root)
+    target = open_dataset(s.tgt, s.root, "train", s.reads_truth)
     validation = open_dataset(s.tgt, s.root, "val")
     remember_data(out, source=source, target=target, validation=validation)
     check_one_size(s)
@@ -425,7 +428,8 @@ def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
     least sure of. An epoch is a pass over the unlabelled images. Labelled and unlabelled images pass
     apart: live batch norm never normalises them together. Every part can be left out: see --help-all.
     """
-    source, target = open_dataset(s.src, s.root), open_dataset(s.tgt, s.root, "train")
+    source = open_dataset(s.src, s.root)
+    target = open_dataset(s.tgt, s.root, "train", s.reads_truth)
     validation = open_dataset(s.tgt, s.root, "val")
     remember_data(out, source=source, target=target, validation=validation)
     check_one_size(s)
@@ -473,7 +477,7 @@ def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
             prob, inside = weak.softmax(1), truth != IGNORE
             drop = drop_share(local, length, s.drop)
             pseudo = reliable_pseudo_labels(prob, drop, s.rules, inside)
-            health = pseudo_label_health(pseudo, truth, inside)
+            health = pseudo_label_health(pseudo, truth, inside, target.labelled)
             if s.unlabelled:
                 L["unlabelled"] = unlabelled_loss(s, logits, pseudo, prob, state, generator)
             if s.contrast:
@@ -660,7 +664,7 @@ def draw_story(
         masks.append(rounds.asked(sample.id, sample.size, number) & ~earlier)
     if masks:
         panels["all answers"] = rounds.labels(sample.id, sample.size)
-    panels["truth"] = target.labels(0)
+    panels["truth"] = target.truth(0)
     points = [(run.before["step"], run.before["mIoU19"])] if run.before else []
     points += [(line["step"], line["mIoU19"]) for line in run.scored()]
     points = sorted({**dict(points), s.steps: result["mIoU19"]}.items())
@@ -678,8 +682,8 @@ def pixels_of(dataset) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line (see the top of this file); returns the exit status: 0 done, 2 bad usage or
-    input, 143 after SIGTERM or SIGUSR1. Ctrl-C ends the process with status 130, after the line that
-    resumes; callers that give `argv` get the KeyboardInterrupt."""
+    input, 3 waiting for people, 143 after SIGTERM or SIGUSR1. Ctrl-C ends the process with status
+    130, after the line that resumes; callers that give `argv` get the KeyboardInterrupt."""
     out = None
     try:
         with ExitStack() as held:
@@ -691,6 +695,7 @@ def main(argv: list[str] | None = None) -> int:
             held.enter_context(STOP.listening())
             if rank_and_world()[0] == 0:
                 held.enter_context(ready_folder(s, out))
+                collect(s, out)
             barrier()
             run_strategy(s, out, device)
             leave()
@@ -700,6 +705,9 @@ def main(argv: list[str] | None = None) -> int:
         text = text[-2] if len(text) > 1 else text[0]  # from a loading process: below its traceback
         print(f"error: {text.removeprefix('alda.InputError: ')}", file=sys.stderr)
         return 2
+    except Waiting as wait:
+        print(f"waiting: {wait}; then {resume_line(out)} goes on", file=sys.stderr)
+        return 3
     except (Stopped, KeyboardInterrupt) as stop:
         # what the checkpoints and rounds hold is kept, see run.Stop
         kept = out is not None and (out / "config.json").is_file()

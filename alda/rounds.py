@@ -55,6 +55,7 @@ from alda.distributed import (
     share,
 )
 from alda.evaluation import network_logits, same_sized
+from alda.oracle import asking
 from alda.pictures import class_picture, save_round, save_sheet
 from alda.run import Run, check_folder
 from alda.selftraining import (
@@ -234,7 +235,7 @@ def store_picks(s: Settings, run: Run, target, rounds: Rounds, number: int, chos
     paint_radius = 0 if s.unit == "pixel" else s.radius
     folder = run.out / "pictures" / f"round-{number:02d}"
     records = [rounds.record(earlier + 1) for earlier in range(number - 1)]
-    with rounds.new(number) as new:
+    with asking(s, rounds, number, target, centres) as new:
         for index, sample in enumerate(target.samples):
             before = rounds.asked(sample.id, sample.size, number - 1)
             asked = acquisition.paint(centres[index], paint_radius, sample.size)
@@ -250,7 +251,7 @@ def store_picks(s: Settings, run: Run, target, rounds: Rounds, number: int, chos
                 panels = {
                     **shown[index],
                     "answers so far": torch.where(answers == IGNORE, known, answers),
-                    "truth": target.labels(index),
+                    "truth": target.truth(index),
                 }
                 save_round(panels, asked, before, folder / f"{sample.id}.png")
                 write_map(folder / f"{sample.id}_prediction.png", panels["prediction"])
@@ -403,14 +404,14 @@ def ask_images(
     if rank_and_world()[0] == 0:
         chosen, quotas = most_uncertain(target, left, score, count)
         folder = run.out / "pictures" / f"round-{number:02d}"
-        with rounds.new(number) as new:
+        with asking(s, rounds, number, target) as new:
             for index in chosen:
                 sample = target.samples[index]
                 everything = torch.ones(sample.size, dtype=torch.bool)
                 oracle = ground_truth(target, index)
-                new.add(sample.id, everything, oracle, 1, s.target_hw, s.keep_labels)
+                answers = new.add(sample.id, everything, oracle, 1, s.target_hw, s.keep_labels)
                 if index in shown:
-                    panels = {**shown[index], "answers": target.labels(index)}
+                    panels = {**shown[index], "answers": answers}
                     save_sheet(panels, folder / f"{sample.id}.png")
             scores = {target.samples[i].id: score[i].item() for i in chosen}
             new.notes = {"quotas": quotas, "scores": scores}
@@ -504,7 +505,7 @@ def label_target(
     with closing(over_target(s, run, target, mirrored_probabilities, indices=own)) as seen:
         for _ in range(-(-len(target) // (CHUNK * rank_and_world()[1]))):
             for index, labels, panels in gather_list([label(*x) for x in islice(seen, CHUNK)]):
-                sample, truth = target.samples[index], target.labels(index)
+                sample, truth = target.samples[index], target.truth(index)
                 write_map(work / "labels" / f"{sample.id}.png", labels)
                 counts = pseudo_label_statistics(labels, truth, NUM_CLASSES)
                 total = {name: total[name] + counts[name] for name in total}
@@ -554,7 +555,7 @@ def report_pseudo(s: Settings, target, number: int, record: dict, seconds: float
         by_class.append(f"{name} {percent(c['accuracy'])}/{percent(c['coverage'])}")
     print(
         f"pseudo-labels {number}: portion {record['portion']:.0%}, {record['labelled']:,} of {pixels:,} px "
-        f"labelled, accuracy {percent(record['accuracy'])} ({seconds:.0f} s); accuracy / coverage by class: "
+        f"labelled, accuracy {percent(record['accuracy'], 'unknown')} ({seconds:.0f} s); accuracy / coverage by class: "
         + ", ".join(by_class),
         flush=True,
     )
@@ -568,9 +569,9 @@ def report_pseudo(s: Settings, target, number: int, record: dict, seconds: float
         )
 
 
-def percent(value: float | None) -> str:
-    """A share as text, "-" for one that has no value."""
-    return "-" if value is None else f"{100 * value:.1f}"
+def percent(value: float | None, none: str = "-") -> str:
+    """A share as text, `none` for one that has no value."""
+    return none if value is None else f"{100 * value:.1f}"
 
 
 def source_prior(s: Settings, source: SegmentationDataset, device) -> torch.Tensor:

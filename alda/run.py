@@ -480,6 +480,7 @@ def resume_line(out: Path) -> str:
     brought a score of its own."""
     script, loop = Path(sys.argv[0]), Path(__file__).with_name("loop.py")
     own = script.suffix == ".py" and script.is_file() and not script.samefile(loop)
+    own = own and script.name != "__main__.py"  # a module that was started with -m
     start = shlex.quote(str(script)) if own else "-m alda.loop"
     return f"python {start} --resume --out {shlex.quote(str(out))}"
 

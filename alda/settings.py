@@ -26,7 +26,7 @@ PROTOCOLS = ("ripu", "sliding", "whole")  # how a network is tested: evaluation.
 # are then no longer the same)
 MAY_CHANGE = (
     "resume", "device", "workers", "threads", "log_every", "pictures", "out", "root", "cache", "cache_gb",
-    "checkpointing", "compile",
+    "checkpointing", "compile", "accept_partial",
 )  # fmt: skip
 # who reads an option that not all strategies read
 STAL = ("stal",)
@@ -91,6 +91,19 @@ class Settings:
     )
     compile: bool = option(False, "run", "torch.compile the network (needs a C++ compiler)")
     resume: bool = option(False, "run", "go on from the last checkpoint of --out")
+    oracle: str = option(
+        "ground-truth",
+        "run",
+        "who answers queries: the target's labels, or people through files (python -m alda.annotate)",
+        choices=("ground-truth", "files"),
+        read_by=(*QUERIES, "stal"),
+    )
+    accept_partial: bool = option(
+        False,
+        "run",
+        "with --resume --oracle files: take the right answers, leave the rest unanswered",
+        read_by=(*QUERIES, "stal"),
+    )
     rules: str = option(
         "paper",
         "run",
@@ -461,6 +474,12 @@ class Settings:
         self.scale_range = parse_scale(self.scale)
         self._check_together()
 
+    @property
+    def reads_truth(self) -> bool:
+        """Whether the run learns from labels of the target's training images that are there already."""
+        asks = self.strategy in (*QUERIES, "stal")
+        return self.strategy == "full" or (asks and self.oracle == "ground-truth")
+
     def _check_field(self, field: dataclasses.Field) -> None:
         """Type, choices and range of one setting; a whole number is a float where one is due."""
         meta, value = field.metadata, getattr(self, field.name)
@@ -636,6 +655,7 @@ def without_effect(given: dict, s: Settings) -> list[str]:
         }
     if not s.teacher and s.strategy in QUERIES:
         idle |= given.keys() & {"drop", "unlabelled", "ema"}
+    idle |= given.keys() & {"accept_partial"} if s.oracle == "ground-truth" else set()
     idle |= given.keys() & {"pixels"} if s.unit == "region" else set()
     idle |= given.keys() & {"test_size"} if s.protocol == "sliding" else set()
     idle |= given.keys() & {"cache"} if s.scale_range != (1.0, 1.0) else set()
@@ -714,7 +734,7 @@ class Parser(argparse.ArgumentParser):
 
 # what --help shows; --help-all shows every option
 ESSENTIAL = (
-    "strategy", "src", "tgt", "root", "out", "seed", "device", "resume", "rules", "net", "backbone",
+    "strategy", "src", "tgt", "root", "out", "seed", "device", "resume", "oracle", "rules", "net", "backbone",
     "init", "steps", "batch", "budget", "rounds", "cbda", "pseudo", "source_free", "protocol",
 )  # fmt: skip
 

@@ -593,14 +593,15 @@ def cut(images, logits, truth, others: Others | None, generator):
 
 
 @torch.no_grad()
-def pseudo_label_health(pseudo, truth, inside) -> dict[str, torch.Tensor]:
+def pseudo_label_health(pseudo, truth, inside, labelled=True) -> dict[str, torch.Tensor]:
     """Share of the pixels `inside` that have a pseudo-label, and its accuracy where the truth is
-    known; 0-dim. For the log only."""
+    known, unless nothing is `labelled`; 0-dim. For the log only."""
+    kept = {"kept": (pseudo != IGNORE).sum() / inside.sum().clamp(min=1)}
+    if not labelled:
+        return kept
     judged = (pseudo != IGNORE) & (truth < NUM_CLASSES)
-    return {
-        "kept": (pseudo != IGNORE).sum() / inside.sum().clamp(min=1),
-        "accuracy": ((pseudo == truth) & judged).sum() / judged.sum().clamp(min=1),
-    }
+    right = ((pseudo == truth) & judged).sum()
+    return {**kept, "accuracy": right / judged.sum().clamp(min=1)}
 
 
 def evaluate_both(run: Run, teacher, validation, protocol) -> dict:

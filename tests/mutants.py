@@ -29,7 +29,7 @@ TIMES = itertools.count(10**9)  # for `put`
 LOOPS = ("teacher_is_the_mean", "restart_begins", "banks_of_a_run")
 RUNS = ("very_next_step", "rates_fall", *LOOPS)
 FILES = (
-    "acquisition", "annotation", "assembly", "cbst", "compositions", "datasets", "deeplab",
+    "acquisition", "annotate", "annotation", "assembly", "cbst", "compositions", "datasets", "deeplab",
     "equations", "evaluation", "losses", "mixing", "stal",
 )  # fmt: skip
 LOOP, GOLDEN = "tests/test_loop.py", "tests/test_golden_steps.py"
@@ -37,6 +37,7 @@ QUERIES = f"{LOOP}::test_interrupted_and_resumed_equals_uninterrupted"
 PSEUDO = f"{LOOP}::test_pseudo_labels_interrupted_and_resumed"
 STAL = f"{LOOP}::test_stal_interrupted_and_resumed"
 SHORT = "schedule or images_due or regions_due or poly_equals or loss_of_their_own or mistakes"
+PEOPLE = "problem or missing or kill or edited or changed or shape or polygons or another_image"
 # name: the arguments of pytest
 TESTS = {
     **{name: [f"tests/test_{name}.py"] for name in FILES},
@@ -61,6 +62,8 @@ TESTS = {
     "processes-cbda": ["tests/test_processes.py", "-k", "two_processes and cbda"],
     "processes-parts": ["tests/test_processes.py", "-k", "in_parts"],
     "stal-teacher": ["tests/test_stal.py", "-k", "taught or with_a_teacher"],
+    "oracle": ["tests/test_oracle.py", "-k", PEOPLE],
+    "unlabelled": ["tests/test_oracle.py::test_a_target_without_labels_needs_no_oracle[cbst]"],
     "golden-ripu": [f"{GOLDEN}::test_ripu_steps_equal_the_recorded_ones[v2]"],
     "golden-stal": [f"{GOLDEN}::test_stal_steps_equal_the_recorded_ones[B]"],
     "all": ["tests"],
@@ -123,6 +126,91 @@ annotation | annotation | an image asked in two rounds is counted twice
 annotation | annotation parts | the class entropy is of asked pixels, not of labelled ones
 -.double() / max(1, total["labelled"])
 +.double() / max(1, total["asked"])
+oracle | oracle | a polygon holds the pixels that it touches
+-np.ceil(x - 0.5)
++np.ceil(x - 1)
+oracle | oracle | rows and columns of a polygon change places
+-(x0, y0), (x1, y1) = points.T, np.roll(points, -1, axis=0).T
++(y0, x0), (y1, x1) = points.T, np.roll(points, -1, axis=0).T
+oracle | oracle | earlier shapes lie over later ones
+-enumerate(content["shapes"], 1)
++enumerate(content["shapes"][::-1], 1)
+oracle | oracle | asked pixels in no shape count as answered
+-np.full(size, IGNORE if whole else NO_ANSWER, np.uint8)
++np.full(size, IGNORE, np.uint8)
+oracle | oracle | wrong answers are left out without a word
+-    if not s.accept_partial:
+-        refuse
++    if False:
++        refuse
+oracle | oracle | the first problem ends the check
+-        problems += given.problems
++        problems = problems or given.problems[:1]
+oracle | oracle | of two answers the first is taken
+-    if len(given) > 1:
++    if False:
+oracle | oracle | a shape of no class is left out, what lies below it counts
+-        labels[mask] = NO_ANSWER if value is None else value
++        labels[mask] = labels[mask] if value is None else value
+oracle | oracle | a picture of another size is cut
+-    if tuple(labels.shape) != size:
++    if False:
+oracle | oracle | the open round is not put away
+-            os.replace(folder, folder.with_suffix(".answered"))
++            pass
+oracle | oracle | a changed question is asked all the same
+-    content = checked_bytes(path, record["files"][f"queries/{image_id}.png"])
++    content = path.read_bytes()
+oracle | oracle | what was not asked is merged
+-labels = torch.where(asked, labels, torch.tensor(IGNORE, dtype=torch.uint8))
++labels = labels
+oracle | oracle | "unknown" is road
+-        return IGNORE
++        return 0
+annotate | annotate | every name of this machine may be asked for
+-if self.headers.get("Host") not in self.server.hosts:
++if False:
+annotate | annotate | every token will do
+-if not secrets.compare_digest(self.path[: len(own)].encode(), own.encode()):
++if False:
+annotate | annotate | other machines may ask
+-super().__init__(("127.0.0.1", port), Handler)
++super().__init__(("", port), Handler)
+annotate | annotate | the last of two tabs wins
+-        if picks[pick] != was:
++        if False:
+annotate | annotate | two tabs write at once
+-        with self.lock:
+-            state = self.state(index)
++        with threading.Lock():
++            state = self.state(index)
+annotate | annotate | the page overwrites the answers of other programs
+-            if state["elsewhere"]:
++            if False:
+annotate | annotate | a first answer is a correction
+-any(old is not None and old != new for
++any(old != new for
+annotate | annotate | rows and columns of a pick change places
+-return [(r, c) for r in rows for c in cols]
++return [(c, r) for r in rows for c in cols]
+annotate | annotate | a break counts as work
+-min(max(float(value), 0.0), LONGEST)
++float(value)
+annotate | annotate | an answer is told to be saved before it is
+-            self.write(index, state)
++            pass
+datasets | datasets | an unread label decides whether its image is there
+-        if not reads_labels and not _fits(label, size):
++        if False:
+datasets | datasets | an unread label changes the fingerprint
+-label = sample.label if self.reads_labels else None
++label = sample.label
+datasets | datasets | JPEGs are found in small letters only
+-folder.glob(pattern) if path.suffix.lower() in PICTURES]
++folder.glob(pattern) if path.suffix in PICTURES]
+rounds | unlabelled | pseudo-labels are judged by labels that must be there
+-target.samples[index], target.truth(index)
++target.samples[index], target.labels(index)
 rounds | schedules | RIPU asks from the first step on
 -else (0.25, 0.45)
 +else (0.0, 0.45)

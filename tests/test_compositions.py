@@ -32,7 +32,7 @@ class Target:
     unless given."""
 
     def __init__(self, labels, groups=None):
-        self.truth, size = labels, tuple(labels.shape[1:])
+        self.maps, size = labels, tuple(labels.shape[1:])
         groups = groups or ["g"] * len(labels)
         self.samples = [
             SimpleNamespace(id=f"i{n}", group=group, size=size, image=f"i{n}.png")
@@ -43,10 +43,12 @@ class Target:
         return len(self.samples)
 
     def image(self, index):
-        return torch.full((3, *self.truth.shape[1:]), index, dtype=torch.uint8)
+        return torch.full((3, *self.maps.shape[1:]), index, dtype=torch.uint8)
 
     def labels(self, index):
-        return self.truth[index]
+        return self.maps[index]
+
+    truth = labels
 
 
 class Run(SimpleNamespace):

@@ -171,7 +171,7 @@ def test_every_class_of_every_dataset_survives_files_and_back(name, tmp_path):
 
 
 def test_missing_folder_says_what_belongs_there(tmp_path):
-    with pytest.raises(InputError, match=r"gta5.*images/\*\.png and labels/\*\.png.*--root toy"):
+    with pytest.raises(InputError, match=r"gta5.*images/\*\.png .*labels/\*\.png.*--root toy"):
         D.open_dataset("gta5", tmp_path)
 
 
@@ -180,6 +180,84 @@ def test_image_without_label_is_named(tmp_path):
     (tmp_path / "gta5/labels/00001.png").unlink()
     with pytest.raises(InputError, match=r"images/00001\.png: has no label file"):
         D.open_dataset("gta5", tmp_path)
+
+
+def photograph(root, name, split="train", size=(4, 6)):
+    put(root / f"cityscapes/leftImg8bit/{split}/home/{name}", np.zeros((*size, 3), np.uint8))
+
+
+def test_jpeg_and_png_photographs_are_found_with_and_without_labels(tmp_path):
+    for name in ("b_leftImg8bit.JPG", "a_leftImg8bit.png", "c_leftImg8bit.jpeg"):
+        photograph(tmp_path, name)
+    with pytest.raises(
+        InputError, match=r"looked for .*a_gtFine_labelIds\.png .3 such.*--oracle files"
+    ):
+        D.open_dataset("cityscapes", tmp_path)
+    data = D.open_dataset("cityscapes", tmp_path, reads_labels=False)
+    assert [sample.id for sample in data.samples] == ["a", "b", "c"] and not data.labelled
+    assert data.image(1).shape == (3, 4, 6) and (data.truth(2) == 255).all()
+    with pytest.raises(InputError, match="publishes no labels"):
+        data.labels(1)
+    before = data.fingerprint()
+    put(  # a label that nobody reads: of another size, and one that fits
+        tmp_path / "cityscapes/gtFine/train/home/a_gtFine_labelIds.png", np.zeros((5, 5), np.uint8)
+    )
+    put(
+        tmp_path / "cityscapes/gtFine/train/home/b_gtFine_labelIds.png",
+        np.full((4, 6), 7, np.uint8),
+    )
+    data = D.open_dataset("cityscapes", tmp_path, reads_labels=False)
+    assert data.fingerprint() == before and data.labelled
+    assert (data.truth(0) == 255).all() and (data.truth(1) == 0).all()
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+def test_a_photograph_of_a_turned_camera_stands_upright(orientation, tmp_path):
+    """Red above green, whatever way the camera stored it."""
+    upright = np.zeros((48, 32, 3), np.uint8)
+    upright[:24, :, 0] = upright[24:, :, 1] = 200
+    turns = {None: 0, 1: 0, 3: 2, 6: 1, 8: 3}[orientation]
+    stored, exif = Image.fromarray(np.rot90(upright, turns).copy()), Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    path = tmp_path / "cityscapes/leftImg8bit/train/home/a_leftImg8bit.jpg"
+    path.parent.mkdir(parents=True)
+    stored.save(path, exif=exif, quality=95)
+    data = D.open_dataset("cityscapes", tmp_path, reads_labels=False)
+    assert data.samples[0].size == (48, 32) and data.image(0).shape == (3, 48, 32)
+    assert (data.image(0).float().permute(1, 2, 0) - torch.from_numpy(upright)).abs().mean() < 9
+
+
+def test_a_wrong_name_shows_the_pattern_that_is_looked_for(tmp_path):
+    photograph(tmp_path, "IMG_1.JPG")
+    pattern = r"1 pictures have other names, IMG_1\.JPG.*train/CITY/NAME_leftImg8bit\.png"
+    with pytest.raises(InputError, match=pattern):
+        D.open_dataset("cityscapes", tmp_path, reads_labels=False)
+
+
+def test_check_lists_what_is_there_and_what_is_missing(tmp_path, capsys):
+    gta5_pair(tmp_path, "00001.png", np.array([[7, 26, 0]], np.uint8))
+    gta5_pair(tmp_path, "00002.png", np.array([[7, 99, 0]], np.uint8))
+    photograph(tmp_path, "a_leftImg8bit.jpg")
+    photograph(tmp_path, "b.jpg")
+    cityscapes_pair(tmp_path, "val")
+    assert D.main(["check", str(tmp_path)]) == 2
+    found = capsys.readouterr()
+    for words in (
+        "gta5: 2 images in 1 groups, 2 labels; 3x1 (2)",
+        "gta5: images that hold each class: road 1, car 1",
+        "00002.png: holds ids [99]",
+        "cityscapes train: 1 images in 1 groups, 0 labels; 6x4 (1)",
+        "cityscapes/gtFine/train/CITY/NAME_gtFine_labelIds.png: run --oracle files, or cbst",
+        "1 pictures are not read, ",
+        "expected cityscapes/leftImg8bit/train/CITY/NAME_leftImg8bit.png (or .jpg, .jpeg)",
+        "cityscapes val: 1 images in 1 groups, 1 labels",
+        "acdc: no folder",
+    ):
+        assert words in found.out, words
+    assert found.err == "error: 2 problems, listed above\n"
+    assert D.main(["check", str(tmp_path / "no")]) == 2
+    assert "no such folder" in capsys.readouterr().err
 
 
 def test_other_size_is_left_out_with_one_warning(tmp_path, capsys):

@@ -188,6 +188,7 @@ class Images:
     """Stands for a dataset: the loops read sizes and a count."""
 
     labels = None
+    labelled = True
 
     def __init__(self, *_):
         self.samples = [SimpleNamespace(id="0", group="", size=(1024, 2048))]

@@ -135,7 +135,7 @@ def test_other_classes_than_cityscapes(tmp_path):
 def test_python_m_alda_lists_the_commands():
     done = subprocess.run([sys.executable, "-m", "alda"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and __version__ in done.stdout
-    for name in ("alda.loop", "alda.evaluation", "alda.toy"):
+    for name in ("alda.loop", "alda.annotate", "alda.datasets", "alda.evaluation", "alda.toy"):
         assert name in done.stdout
 
 

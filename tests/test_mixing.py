@@ -211,6 +211,7 @@ def test_what_a_crop_adds_is_no_class(tiny_world, tmp_path):
     pseudo = reliable_pseudo_labels(prob, 0.1, "paper", inside)
     assert (pseudo[:, 32:] == 255).all()
     health = pseudo_label_health(pseudo, truth, inside)
+    assert pseudo_label_health(pseudo, truth, inside, labelled=False).keys() == {"kept"}
     assert float(health["kept"]) == pytest.approx(0.9, abs=0.01)  # of the pixels inside
     known = (pseudo != 255) & (truth < 19)
     right = ((pseudo == truth) & known).sum() / known.sum()
