@@ -45,6 +45,7 @@ def model(s, args) -> dict[str, tuple[float, str]]:
         network = deeplab.build(**{**network_of(s), "batch_norm": "live"}, init="none")
     height, width = parse_size(args.image)
     rate, cores = args.rate * 1e12 * args.processes, args.cores * args.processes
+    alone = s.strategy in (*SELF_TRAINING, "source-only")  # one batch a step, not two
     if s.strategy == "stal":
         # student on labelled and mixed images with gradient; teacher on both, on the plain ones and on
         # those to cut from
@@ -56,11 +57,16 @@ def model(s, args) -> dict[str, tuple[float, str]]:
             flops(network, size, s.batch, True)
             for size in (s.source_hw or s.crop_hw, s.crop_hw or s.target_hw)
         )
-        step /= 2 if s.strategy in SELF_TRAINING else 1
-    seen = s.steps * s.batch * (1 if s.strategy in SELF_TRAINING else 2)
+        step /= 2 if alone else 1
+    seen = s.steps * s.batch * (1 if alone else 2)
     forward = flops(network, s.target_hw, 1, False)
     decode = DECODE * height * width / cores
-    passes = {"stal": 2, **dict.fromkeys(SELF_TRAINING, 2 * s.rounds)}.get(s.strategy, s.rounds)
+    passes = {
+        "stal": 2,
+        "source-only": 0,
+        "full": 0,
+        **dict.fromkeys(SELF_TRAINING, 2 * s.rounds),
+    }.get(s.strategy, s.rounds)
     twice = 2 if s.strategy in SELF_TRAINING and s.label_flip else 1
     score = SCORE * height * width / cores if args.rate < 1 else 0.0
     network_s = args.images * passes * (twice * forward / rate + score)
