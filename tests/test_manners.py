@@ -302,11 +302,12 @@ def test_readme_help_and_the_list_of_commands_agree(monkeypatch, capsys):
     commands += [
         ("loop", words) for words in re.findall(r"`(--strategy (?!confidence)[^`]*)`", text)
     ]
-    assert len(commands) > 10 and {name for name, _ in commands} == {"loop", "evaluation"}
+    assert len(commands) > 10
+    assert {name for name, _ in commands} == {"loop", "evaluation", "annotate", "datasets"}
     for name, words in commands:
-        if name == "loop":
+        if name == "loop" and "--resume" not in words:  # what resumes needs a run
             settings.parse(words.split())
-        else:
+        elif name == "evaluation":
             assert evaluation.main(words.split()) == 0
         assert capsys.readouterr().err == "", words
     for words in (["predict", "--help"], ["compare", "--help"], ["score", "--help"]):
@@ -315,10 +316,11 @@ def test_readme_help_and_the_list_of_commands_agree(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         settings.parse(["--help-all"])
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
-    assert set(re.findall(r"(?<=[ `])--[a-z-]+(?!\w)", text)) <= known
+    others = {"--nnodes", "--rate"}  # torchrun's, the cost model's
+    assert set(re.findall(r"(?<=[ `])--[a-z-]+(?!\w)", text)) <= known | others
     for name in settings.STRATEGIES:
         assert re.search(rf"`(--strategy )?{name}[ `]", text), name
-    assert set(__main__.COMMANDS) == {"loop", "evaluation", "toy"}
+    assert set(__main__.COMMANDS) == {"loop", "evaluation", "annotate", "datasets", "toy"}
     assert "alda.loop --root toy --strategy ripu" in text
 
 
