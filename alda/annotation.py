@@ -19,6 +19,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,7 @@ class NewRound:
         self.path, self.names = path, names
         self.images: dict[str, dict] = {}
         self.classes = np.zeros(len(names), np.int64)
+        self.lock = threading.Lock()  # `add` may be called by several threads
         self.notes: dict = {}  # what else belongs into round.json: score threshold, class weights, ...
 
     def __enter__(self) -> "NewRound":
@@ -241,9 +243,9 @@ class NewRound:
         write_map(self.work / "queries" / f"{image_id}.png", asked.to(torch.uint8) * 255)
         write_map(self.work / "answers" / f"{image_id}.png", answers)
         labelled = int((answers != IGNORE).sum())
-        self.classes += torch.bincount(answers.flatten().long(), minlength=256)[
-            : len(self.names)
-        ].numpy()
+        counts = torch.bincount(answers.flatten().long(), minlength=256)[: len(self.names)].numpy()
+        with self.lock:
+            self.classes += counts
         trained = int((resize_labels(answers, training_size, keep_labels) != IGNORE).sum())
         self.images[image_id] = {
             "asked": int(asked.sum()),

@@ -41,6 +41,7 @@ import time
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -713,6 +714,26 @@ class EachImage(Dataset):
         return self.read(index)
 
 
+def ahead(work: Callable, items, threads: int) -> Iterator:
+    """Yields work(item) for each item, in order, computed by `threads` threads a few items ahead; 0:
+    none, one after the other. For reading and writing pictures, which needs no lock of Python's."""
+    if not threads:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: collections.deque = collections.deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
 def progress(items, total: int, what: str, every: float = 20.0):
     """Yields `items`; passes that take long print a line each `every` seconds, on the first process."""
     began = told = time.time()
@@ -846,13 +867,14 @@ class TrainingView(Dataset):
     ):
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.labels_of = labels_of or dataset.labels
-        self.image = cache.image if cache else dataset.image
+        self.cache = cache
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         draw, index = key
         low = self.seed & 0xFFFFFFFF  # 32 bits of a mixed seed, as the results so far
         generator = torch.Generator().manual_seed(mix_seed(low, draw))
-        return self.transform(self.image(index), self.labels_of(index), generator)
+        image = (self.cache or self.dataset).image(index)
+        return self.transform(image, self.labels_of(index), generator)
 
 
 def truth_inside(dataset: SegmentationDataset, index: int) -> torch.Tensor:

@@ -485,7 +485,7 @@ def comparison_picture(runs: list[str], rows: list[dict], path: Path, over: str 
     the runs are dots. Needs matplotlib (InputError)."""
     drawing = new_figure((6, 4))
     if drawing is None:
-        raise InputError("--plot needs matplotlib: pip install 'alda[plot]'")
+        raise InputError("--plot needs matplotlib: pip install matplotlib")
     figure, axes = drawing
     lines: dict[str, dict] = {}  # name: {(place, recipe): [(x, mIoU19) of each seed]}
     for run, row in zip(runs, rows, strict=True):

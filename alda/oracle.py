@@ -279,9 +279,16 @@ def merge(s, rounds: Rounds, number: int, folder: Path, record: dict, files: dic
     print(
         f"round {number}: people gave {done.get('answers', 0):,} answers "
         f"({done.get('corrections', 0):,} corrections, {minutes}) on {done['images']:,} images: "
-        f"{done['labelled']:,} of {done['asked']:,} px have a class, {unanswered:,} no answer",
+        f"{done['labelled']:,} of {done['asked']:,} px have a class, {unanswered:,} no answer, left at "
+        f"{s.target_size} {done['trained']:,}",
         flush=True,
     )
+    if done["labelled"] and not done["trained"] and not s.keep_labels:
+        print(
+            f"warning: no answer of round {number} is trained on: all are lost when labels are resized "
+            f"to {s.target_size}; start with --keep-labels, or a larger --target-size",
+            flush=True,
+        )
 
 
 def set_aside(out: Path) -> None:

@@ -39,6 +39,7 @@ from alda.datasets import (
     NUM_CLASSES,
     EachImage,
     SegmentationDataset,
+    ahead,
     load,
     mix_seed,
     progress,
@@ -236,17 +237,20 @@ def store_picks(s: Settings, run: Run, target, rounds: Rounds, number: int, chos
     folder = run.out / "pictures" / f"round-{number:02d}"
     records = [rounds.record(earlier + 1) for earlier in range(number - 1)]
     with asking(s, rounds, number, target, centres) as new:
-        for index, sample in enumerate(target.samples):
-            before = rounds.asked(sample.id, sample.size, number - 1)
+
+        def ask(index):
+            sample, picks = target.samples[index], len(centres[index])
             asked = acquisition.paint(centres[index], paint_radius, sample.size)
             oracle = ground_truth(target, index)
-            picks = len(centres[index])
             answers = new.add(sample.id, asked, oracle, picks, s.target_hw, s.keep_labels)
             if picks:
-                write_factors(
-                    new.work / "picks" / f"{sample.id}.csv", centres[index], factors[index]
-                )
+                place = new.work / "picks" / f"{sample.id}.csv"
+                write_factors(place, centres[index], factors[index])
+            return index, sample, asked, answers if index in shown else None
+
+        for index, sample, asked, answers in ahead(ask, range(len(target)), s.workers):
             if index in shown:
+                before = rounds.asked(sample.id, sample.size, number - 1)
                 known = rounds.labels(sample.id, sample.size, number - 1)
                 panels = {
                     **shown[index],
@@ -255,7 +259,8 @@ def store_picks(s: Settings, run: Run, target, rounds: Rounds, number: int, chos
                 }
                 save_round(panels, asked, before, folder / f"{sample.id}.png")
                 write_map(folder / f"{sample.id}_prediction.png", panels["prediction"])
-        new.notes = notes
+        order = [sample.id for sample in target.samples if sample.id in new.images]
+        new.images, new.notes = {name: new.images[name] for name in order}, notes
     labelled = ledger([*records, rounds.record(number)])["classes"]
     class_picture(labelled, folder / "classes.png", balanced="class_weights" in notes)
 
@@ -317,7 +322,9 @@ def choose(s: Settings, run: Run, target, rounds: Rounds, number: int, records: 
     every = math.ceil(len(target) / max(1, s.pictures))
     broadcast_buffers(run.model)
     own, lost = share(range(len(target))), "; nothing was asked"
-    for index, image, logits in over_target(s, run, target, logits_of, indices=own, lost=lost):
+    seen = over_target(s, run, target, logits_of, indices=own, lost=lost)
+    earlier = ahead(lambda i: asked_before(target, rounds, number, i), own, s.workers)
+    for (index, image, logits), before in zip(seen, earlier, strict=True):
         sample, prediction = target.samples[index], logits.argmax(0)
         seed = mix_seed(s.seed, 3, number, index)
         score = acquisition.SCORES[s.strategy](logits, s.radius, s.unit, seed)
@@ -325,7 +332,6 @@ def choose(s: Settings, run: Run, target, rounds: Rounds, number: int, records: 
             score = acquisition.class_balanced(score, prediction, weights)
             used_up = (weights == 0).to(run.device)[prediction]
             score = score.masked_fill(used_up, -math.inf)
-        before = rounds.asked(sample.id, sample.size, number - 1)
         blocked = acquisition.dilate(before.to(run.device), s.radius) if number > 1 else None
         due = count
         if not dynamic:
@@ -356,6 +362,12 @@ def choose(s: Settings, run: Run, target, rounds: Rounds, number: int, records: 
     scores = torch.cat([torch.empty(0), *(rows[:, 0] for rows in factors.values())])
     notes["share_of_score_0"] = (scores == 0).double().mean().item() if len(scores) else 0.0
     return centres, factors, dict(gather_list([*shown.items()])), notes
+
+
+def asked_before(target, rounds: Rounds, number: int, index: int) -> torch.Tensor:
+    """The pixels of an image that the rounds before round `number` asked, (H,W) bool."""
+    sample = target.samples[index]
+    return rounds.asked(sample.id, sample.size, number - 1)
 
 
 def tie_breaks(s: Settings, logits: torch.Tensor, number: int, index: int) -> torch.Tensor | None:
@@ -502,15 +514,19 @@ def label_target(
             panels |= {"confidence": confidence, "pseudo-labels": labels}
         return index, labels, panels
 
+    def store(labelled):
+        index, labels, panels = labelled
+        name, truth = target.samples[index].id, target.truth(index)
+        write_map(work / "labels" / f"{name}.png", labels)
+        return name, truth, pseudo_label_statistics(labels, truth, NUM_CLASSES), panels
+
     with closing(over_target(s, run, target, mirrored_probabilities, indices=own)) as seen:
         for _ in range(-(-len(target) // (CHUNK * rank_and_world()[1]))):
-            for index, labels, panels in gather_list([label(*x) for x in islice(seen, CHUNK)]):
-                sample, truth = target.samples[index], target.truth(index)
-                write_map(work / "labels" / f"{sample.id}.png", labels)
-                counts = pseudo_label_statistics(labels, truth, NUM_CLASSES)
-                total = {name: total[name] + counts[name] for name in total}
+            labelled = gather_list([label(*x) for x in islice(seen, CHUNK)])
+            for name, truth, counts, panels in ahead(store, labelled, s.workers):
+                total = {key: total[key] + counts[key] for key in total}
                 if panels:
-                    save_sheet({**panels, "truth": truth}, folder / f"{sample.id}.png")
+                    save_sheet({**panels, "truth": truth}, folder / f"{name}.png")
     if first:
         record = pseudo_record(kind, portion, thresholds, histogram.predicted, total)
         complete_folder(work, pseudo.path(number), record)

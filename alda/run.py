@@ -10,6 +10,7 @@ metrics.jsonl (a line each log step), checkpoints/last.pt and previous.pt, and w
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -147,9 +148,12 @@ class Run:
             if device.type == "cuda":
                 self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
             ids = [device.index] if device.type == "cuda" else None
-            self.forward = torch.nn.parallel.DistributedDataParallel(
-                self.model, device_ids=ids, broadcast_buffers=False
+            parallel = torch.nn.parallel.DistributedDataParallel
+            known = inspect.signature(parallel).parameters  # the option was renamed
+            sync = (
+                "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             )
+            self.forward = parallel(self.model, device_ids=ids, **{sync: False})
         self.optimizer = torch.optim.SGD(
             deeplab.parameter_groups(self.model, s.lr),
             lr=s.lr,

@@ -209,8 +209,8 @@ datasets | datasets | JPEGs are found in small letters only
 -folder.glob(pattern) if path.suffix.lower() in PICTURES]
 +folder.glob(pattern) if path.suffix in PICTURES]
 rounds | unlabelled | pseudo-labels are judged by labels that must be there
--target.samples[index], target.truth(index)
-+target.samples[index], target.labels(index)
+-target.samples[index].id, target.truth(index)
++target.samples[index].id, target.labels(index)
 rounds | schedules | RIPU asks from the first step on
 -else (0.25, 0.45)
 +else (0.0, 0.45)

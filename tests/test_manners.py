@@ -249,10 +249,11 @@ def test_the_readmes_code_runs(tmp_path, monkeypatch):
 
 def test_a_new_score_is_a_strategy(tiny_world, tmp_path):
     """The README's ten lines before `alda.loop` is imported: the strategy is there and runs."""
-    score = next(block for block in blocks("python") if "SCORES[" in block)
+    score, _, start = next(b for b in blocks("python") if "SCORES[" in b).partition("\nif __name__")
     words = arguments(
         tiny_world, tmp_path / "out", strategy="confidence", steps=4, query_steps="1,2"
     )
+    assert "main()" in start
     script = f"{score}\nimport sys\nfrom alda import loop\nsys.exit(loop.main({words!r}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-500:]
@@ -261,8 +262,8 @@ def test_a_new_score_is_a_strategy(tiny_world, tmp_path):
 
 def test_a_scripts_run_is_resumed_by_the_script(tiny_world, tmp_path):
     """A script brings its score: the line that resumes names it, and Ctrl-C ends it quietly."""
-    score = next(block for block in blocks("python") if "SCORES[" in block)
-    last = "import os, signal, torch\nfrom alda.loop import main\n"
+    score, _, start = next(b for b in blocks("python") if "SCORES[" in b).partition("\nif __name__")
+    last = "import os, signal, torch\n"
     stop = (  # Ctrl-C in step 3
         "real, seen = torch.optim.SGD.step, []\n"
         "def step(*args, **kwargs):\n"
@@ -275,13 +276,13 @@ def test_a_scripts_run_is_resumed_by_the_script(tiny_world, tmp_path):
     script, out = tmp_path / "my score.py", tmp_path / "out"
     options = {"strategy": "confidence", "steps": 4, "query_steps": "1,2", "checkpoint_every": 1}
     words = arguments(tiny_world, out, **options)
-    script.write_text(f"{score}\n{last}{stop}main()\nprint('on')\n")
+    script.write_text(f"{score}\n{last}{stop}\nif __name__{start}\nprint('on')\n")
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     kinds = {"capture_output": True, "text": True, "env": {**os.environ, "PYTHONPATH": path}}
     done = subprocess.run([sys.executable, script.name, *words], cwd=tmp_path, **kinds)
     assert done.returncode == 130 and "on" not in done.stdout.splitlines()
     assert done.stderr == f"stopped: python 'my score.py' --resume --out {out} goes on\n"
-    script.write_text(f"{score}\n{last}main()\n")
+    script.write_text(f"{score}\nif __name__{start}")
     line = done.stderr.removeprefix("stopped: python ").removesuffix(" goes on\n")
     done = subprocess.run([sys.executable, *shlex.split(line)], cwd=tmp_path, **kinds)
     assert done.returncode == 0 and (out / "result.json").is_file(), done.stderr[-500:]
