@@ -168,10 +168,16 @@ def factors_at(
     As `region_impurity` and `region_uncertainty` (unit "pixel": the pixel's own entropy) give them,
     computed in the picks' windows instead of on the whole map.
     """
+    check_radius(k)
     entropies, prediction = entropy_and_prediction(logits)
-    steps = torch.arange(-k, k + 1, device=logits.device)
-    rows, cols = (centres.to(logits.device)[:, axis, None] + steps for axis in (0, 1))  # (n,2k+1)
     height, width = prediction.shape
+    at = centres.to(logits.device).unbind(1)
+    if len(centres) * (2 * k + 1) ** 2 > 4 * height * width:  # windows larger than the maps
+        impurity = region_impurity(prediction, len(logits), k)[at]
+        mean = region_uncertainty(entropies, k)[at]
+        return impurity, entropies[at] if unit == "pixel" else mean, prediction[at]
+    steps = torch.arange(-k, k + 1, device=logits.device)
+    rows, cols = (places[:, None] + steps for places in at)  # (n,2k+1)
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((cols >= 0) & (cols < width))[:, None]
     place = rows.clamp(0, height - 1)[:, :, None], cols.clamp(0, width - 1)[:, None]
     area = inside.sum((1, 2))  # (n,2k+1,2k+1) -> (n,)

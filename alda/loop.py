@@ -689,6 +689,7 @@ def main(argv: list[str] | None = None) -> int:
         with ExitStack() as held:
             s = parse(argv)
             device = join(pick_device(s.device))
+            check_shares(s)
             if s.threads:
                 torch.set_num_threads(s.threads)
             out = run_folder(s)
@@ -717,6 +718,16 @@ def main(argv: list[str] | None = None) -> int:
         if argv is None:
             raise SystemExit(130) from None
         raise
+
+
+def check_shares(s: Settings) -> None:
+    """Raises InputError where --batch cannot be shared by all processes in --accumulate parts."""
+    processes = rank_and_world()[1]
+    if s.batch % (processes * s.accumulate):
+        raise InputError(
+            f"--batch {s.batch} cannot be shared by {processes} processes in --accumulate "
+            f"{s.accumulate} parts: give a multiple of {processes * s.accumulate}"
+        )
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from pathlib import Path
 from alda import InputError
 from alda.acquisition import SCORES
 from alda.datasets import parse_scale, parse_size, read_json
-from alda.distributed import world_size
 
 QUERIES = tuple(SCORES)  # strategies that ask for pixels
 SELF_TRAINING = ("st", "cbst", "cbst-sp")  # strategies that ask for nothing
@@ -512,12 +511,6 @@ class Settings:
             raise InputError(f"--label-scale must be above 0 and at most 8, got {self.label_scale}")
         if not 0 < self.lr < math.inf:
             raise InputError(f"--lr must be above 0, got {self.lr}")
-        processes = world_size()
-        if self.batch % (processes * self.accumulate):
-            raise InputError(
-                f"--batch {self.batch} cannot be shared by {processes} processes in --accumulate "
-                f"{self.accumulate} parts: give a multiple of {processes * self.accumulate}"
-            )
         if 0 < self.poly_steps < self.steps:
             raise InputError(
                 f"--poly-steps {self.poly_steps} is shorter than --steps {self.steps}: the rate would end early"

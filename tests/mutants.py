@@ -1109,8 +1109,8 @@ stal | stal-teacher | the teacher keeps its first running statistics
 -        own.copy_(new)
 +        pass
 acquisition | acquisition | why a place was asked is read at another row
--    rows, cols = (centres.to(logits.device)[:, axis, None] + steps for axis in (0, 1))  # (n,2k+1)
-+    rows, cols = (centres.to(logits.device)[:, 0, None] + steps for axis in (0, 1))  # (n,2k+1)
+-    rows, cols = (places[:, None] + steps for places in at)  # (n,2k+1)
++    rows, cols = (at[0][:, None] + steps for places in at)  # (n,2k+1)
 datasets | datasets | a cached image is another one
 -        return torch.from_numpy(self.images[index].copy())
 +        return torch.from_numpy(self.images[index - 1].copy())

@@ -386,6 +386,11 @@ def test_factors_of_picks_are_those_of_the_whole_map(k):
     _, own, _ = A.factors_at(logits, centres, k, unit="pixel")
     assert (own.view(9, 12) - A.pixel_entropy(logits.softmax(0))).abs().max() < 1e-6
     assert [len(x) for x in A.factors_at(logits, centres[:0], k)] == [0, 0, 0]
+    few = centres[[0, 50, 107]]  # windows that are smaller than the maps, and one that is not
+    some, whole = A.factors_at(logits, few, k), A.factors_at(logits, few, 10**9)
+    assert (some[0] - all_impurity.flatten()[[0, 50, 107]]).abs().max() < 1e-6
+    assert (some[1] - all_uncertainty.flatten()[[0, 50, 107]]).abs().max() < 1e-6
+    assert (whole[1] - A.pixel_entropy(logits.softmax(0)).mean()).abs().max() < 1e-6
 
 
 def _share(rank: int, world: int, path: str, count: int) -> None:
