@@ -112,8 +112,9 @@ def adapt(args, common: list[str], row: str, seed: int) -> dict:
 
 def spread(values: list[float]) -> str:
     """Mean +- standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 def paired(mine: dict, other: dict) -> str:
