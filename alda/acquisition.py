@@ -172,7 +172,7 @@ def factors_at(
     entropies, prediction = entropy_and_prediction(logits)
     height, width = prediction.shape
     at = centres.to(logits.device).unbind(1)
-    if len(centres) * (2 * k + 1) ** 2 > 4 * height * width:  # windows larger than the maps
+    if max(1, len(centres)) * (2 * k + 1) ** 2 > 4 * height * width:  # windows larger than the maps
         impurity = region_impurity(prediction, len(logits), k)[at]
         mean = region_uncertainty(entropies, k)[at]
         return impurity, entropies[at] if unit == "pixel" else mean, prediction[at]

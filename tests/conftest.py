@@ -1,9 +1,14 @@
 """What several test files share."""
 
+import signal
+
 import pytest
 import torch
 
 from alda import toy
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -385,7 +385,8 @@ def test_factors_of_picks_are_those_of_the_whole_map(k):
     assert torch.equal(predicted.view(9, 12).long(), logits.argmax(0))
     _, own, _ = A.factors_at(logits, centres, k, unit="pixel")
     assert (own.view(9, 12) - A.pixel_entropy(logits.softmax(0))).abs().max() < 1e-6
-    assert [len(x) for x in A.factors_at(logits, centres[:0], k)] == [0, 0, 0]
+    for radius in (k, 10**9):
+        assert [len(x) for x in A.factors_at(logits, centres[:0], radius)] == [0, 0, 0]
     few = centres[[0, 50, 107]]  # windows that are smaller than the maps, and one that is not
     some, whole = A.factors_at(logits, few, k), A.factors_at(logits, few, 10**9)
     assert (some[0] - all_impurity.flatten()[[0, 50, 107]]).abs().max() < 1e-6
