@@ -36,7 +36,8 @@ from alda.datasets import (
 from alda.deeplab import upsample
 from alda.evaluation import network_logits
 from alda.loop import forward_both, losses_of_queries
-from alda.run import Run
+from alda.losses import cross_entropy
+from alda.run import Run, batches, next_batch
 from alda.selftraining import ConfidenceHistogram, cbst_pseudo_labels, update_teacher
 from alda.settings import settings_for
 from alda.stal import plain_logits, supervised_loss, train_mode, unlabelled_loss
@@ -289,7 +290,41 @@ def loader(args) -> None:
         )
 
 
-PARTS = {"ripu": ripu_step, "stal": stal_step, "passes": passes, "loader": loader}
+def waiting(args) -> None:
+    """The share of a source-only step in which the next batch was waited for."""
+    with tempfile.TemporaryDirectory() as folder:
+        toy.write(Path(folder), seed=0, counts=toy.SMALL)
+        run = run_of(args, "source-only", "auto", source_sampling="uniform", workers=args.workers)
+        iterator = batches(run.s, open_dataset("gta5", folder), 0, stream=1, labels_of=None)
+        spent = {"waiting": 0.0, "all": 0.0}
+        for step in range(16):
+            began = time.perf_counter()
+            images, labels = next_batch(iterator, args.device)
+            waited = time.perf_counter() - began
+            with run.autocast():
+                logits = run.forward(images)
+            loss = cross_entropy(upsample(logits.float(), labels.shape[-2:]), labels)
+            run.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            run.optimizer.step()
+            wait(args.device)
+            if step:  # the first starts the loader
+                spent["waiting"] += waited
+                spent["all"] += time.perf_counter() - began
+    share = spent["waiting"] / spent["all"]
+    print(
+        f"| waiting for data, {args.workers} workers, source-only | {share:.1%} of a step | | | | |",
+        flush=True,
+    )
+
+
+PARTS = {
+    "ripu": ripu_step,
+    "stal": stal_step,
+    "passes": passes,
+    "loader": loader,
+    "waiting": waiting,
+}
 
 
 def main() -> None:
