@@ -2,11 +2,11 @@
 
 import os
 
-__version__ = "0.1.0"
 # Threads that wait for each other sleep instead of spinning: on a machine that others use too, a small
 # step takes half the time. Read when torch is loaded; a value of the user's stands.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+__version__ = "0.1.0"
 IGNORE = 255  # the label of a pixel that has none, in every label map of this package
 
 

@@ -160,33 +160,37 @@ def ripu_score(logits: torch.Tensor, k: int = 1) -> tuple[torch.Tensor, torch.Te
 
 
 def factors_at(
-    logits: torch.Tensor, centres: torch.Tensor, k: int = 1, unit: str = "region"
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Why these places were asked: impurity and uncertainty, the two factors of RIPU's score, and the
-    predicted class at `centres` (n,2) alone: logits (C,H,W) -> (n,) float32 twice, (n,) uint8.
+    centres: torch.Tensor,
+    entropies: torch.Tensor,
+    prediction: torch.Tensor,
+    num_classes: int,
+    k: int = 1,
+    unit: str = "region",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Why these places were asked: impurity and uncertainty, the factors of RIPU's score (Eqs. 3-5), at
+    `centres` (n,2) int64 alone: two (n,) float32 in [0,1].
 
-    As `region_impurity` and `region_uncertainty` (unit "pixel": the pixel's own entropy) give them,
-    computed in the picks' windows instead of on the whole map.
+    From the maps (H,W) of `entropy_and_prediction`. What `region_impurity` and `region_uncertainty`
+    (unit "pixel": the pixel's own entropy) give there, computed in the picks' windows instead of on
+    the whole map. Raises ValueError for a radius below 0.
     """
     check_radius(k)
-    entropies, prediction = entropy_and_prediction(logits)
     height, width = prediction.shape
-    at = centres.to(logits.device).unbind(1)
+    at = centres.to(prediction.device).unbind(1)
     if max(1, len(centres)) * (2 * k + 1) ** 2 > 4 * height * width:  # windows larger than the maps
-        impurity = region_impurity(prediction, len(logits), k)[at]
+        impurity = region_impurity(prediction, num_classes, k)[at]
         mean = region_uncertainty(entropies, k)[at]
-        return impurity, entropies[at] if unit == "pixel" else mean, prediction[at]
-    steps = torch.arange(-k, k + 1, device=logits.device)
+        return impurity, entropies[at] if unit == "pixel" else mean
+    steps = torch.arange(-k, k + 1, device=prediction.device)
     rows, cols = (places[:, None] + steps for places in at)  # (n,2k+1)
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((cols >= 0) & (cols < width))[:, None]
     place = rows.clamp(0, height - 1)[:, :, None], cols.clamp(0, width - 1)[:, None]
     area = inside.sum((1, 2))  # (n,2k+1,2k+1) -> (n,)
     classes = prediction[place]
-    shares = [((classes == c) & inside).sum((1, 2)) / area for c in range(len(logits))]
-    impurity = torch.special.entr(torch.stack(shares)).sum(0) / math.log(len(logits))
-    own = entropies[place][:, k, k]
+    shares = [((classes == c) & inside).sum((1, 2)) / area for c in range(num_classes)]
+    impurity = torch.special.entr(torch.stack(shares)).sum(0) / math.log(num_classes)
     mean = (entropies[place] * inside).sum((1, 2)) / area
-    return impurity, own if unit == "pixel" else mean, classes[:, k, k]
+    return impurity, entropies[at] if unit == "pixel" else mean
 
 
 def pixel_score(logits: torch.Tensor, k: int = 32) -> torch.Tensor:

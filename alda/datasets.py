@@ -812,6 +812,7 @@ class ImageCache:
 
     Its name holds the dataset's fingerprint: other images never read it. At most `most` bytes: images
     beyond are decoded every time. Whether an image is there is a byte of its own, written after it.
+    `size` is (h, w). Raises InputError where the file cannot be made.
     """
 
     def __init__(self, folder: Path, dataset: "SegmentationDataset", size, most: float):
@@ -819,9 +820,9 @@ class ImageCache:
         each = 3 * size[0] * size[1]
         self.count = min(len(dataset), int(most // (each + 1)))
         name = f"{dataset.name}-{dataset.fingerprint()['sha256'][:16]}-{size[1]}x{size[0]}"
-        self.path, self.bytes = Path(folder) / f"{name}-{self.count}.u8", self.count * (each + 1)
+        self.path, self.bytes = folder / f"{name}-{self.count}.u8", self.count * (each + 1)
         try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as file:
                 file.truncate(self.bytes)
         except OSError as error:

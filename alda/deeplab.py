@@ -359,19 +359,18 @@ class DeepLabV3Plus(nn.Module):
         norm = _norm_layer(batch_norm)
         self.backbone = _backbone(backbone, batch_norm, **trunk)
         self.dense = aspp == "dense"
-        fused = (
-            self._dense_head(num_classes, norm)
-            if self.dense
-            else self._separable_head(num_classes, norm)
-        )
+        width = 128 if backbone == "mobilenet_v2" else 512  # of the separable head, detail 9
+        if self.dense:
+            fused = self._dense_head(num_classes, norm)
+        else:
+            fused = self._separable_head(num_classes, norm, width)
         _add_extras(self, fused, num_classes, representation, auxiliary, norm)
         self.description = f"DeepLabV3Plus ({backbone}, {num_classes} classes, {batch_norm} batch norm, aspp {aspp})"
 
-    def _separable_head(self, num_classes, norm, detail=48):
-        """RIPU's head (core/models/classifier.py), 512 wide, 128 on MobileNetV2; returns the number
-        of features its decoder reads."""
+    def _separable_head(self, num_classes, norm, width, detail=48):
+        """RIPU's head (core/models/classifier.py); returns the number of features its decoder
+        reads."""
         low, _, deep = self.backbone.widths
-        width = 128 if deep == 320 else 512
         branches = [
             _conv_norm(deep, width, 1, norm),
             *(_separable(deep, width, norm, r) for r in (6, 12, 18)),
@@ -411,17 +410,13 @@ class DeepLabV3Plus(nn.Module):
 
 
 def checkpoint_blocks(model):
-    """Activation checkpointing: every block of the backbone keeps its input alone and is computed
-    again for its gradient. Memory for time; the results are the same bits.
+    """Activation checkpointing (Chen et al., arXiv 1604.06174), in place: every block of the backbone
+    keeps its input alone and is computed again for its gradient. Memory for time; the same bits.
 
     The second pass must not move the running statistics of live batch norm again: its momentum is 0
     meanwhile."""
-    blocks = [
-        m
-        for m in model.backbone.modules()
-        if isinstance(m, (BasicBlock, Bottleneck, InvertedResidual))
-    ]
-    for block in blocks:
+    kinds = (BasicBlock, Bottleneck, InvertedResidual)
+    for block in [m for m in model.backbone.modules() if isinstance(m, kinds)]:
         norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         contexts = partial(_contexts, norms)
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)

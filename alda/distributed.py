@@ -4,7 +4,7 @@
     rank, world = rank_and_world()                  # (0, 1) without torchrun
 
 Without torchrun every function here returns its input or does nothing. All but `rank_and_world`,
-`share` and `say` are collective: every process has to call them, in the same order.
+`is_first`, `share` and `say` are collective: every process has to call them, in the same order.
 
 What the processes share: --batch is the whole step's, each process gets batch / processes of its
 samples, and a loss is the mean over the pixels of all of them (`mean_count`). A pass over images is
@@ -91,9 +91,14 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
 
+def is_first() -> bool:
+    """Whether this is the process that writes and prints."""
+    return rank_and_world()[0] == 0
+
+
 def say(text: str) -> None:
     """Prints a line, once for all processes."""
-    if rank_and_world()[0] == 0:
+    if is_first():
         print(text, flush=True)
 
 
@@ -106,8 +111,7 @@ def share(indices) -> list:
 def first_says(answer: bool) -> bool:
     """The first process's answer to a question of all: whether a file is there, say, which the others
     may see later on a shared file system."""
-    rank, _ = rank_and_world()
-    return all_reduce_number(int(answer) if rank == 0 else 0) > 0
+    return all_reduce_number(int(answer and is_first())) > 0
 
 
 def barrier() -> None:

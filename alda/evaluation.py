@@ -38,7 +38,6 @@ from alda.datasets import (
     CLASS_SETS,
     NAMES,
     NUM_CLASSES,
-    EachImage,
     SegmentationDataset,
     load,
     normalise,
@@ -200,20 +199,20 @@ def network_logits(model, images: torch.Tensor, size, device, mirror=False) -> t
     return logits.flip(-1) if mirror else logits
 
 
+TOGETHER = {"cpu": 1}  # images that pass together where nothing is trained; elsewhere 4
+
+
 def same_sized(pairs, device: torch.device):
-    """Yields (indices, images (N,3,H,W)) of (index, image (3,H,W)) pairs in their order: up to 4 of
-    one size together for a GPU, one by one on a CPU, which gains nothing by more."""
-    several, most = [], TOGETHER[device.type]
+    """Yields (things, images (N,3,H,W)) of (thing, image (3,H,W)) pairs in their order, N of one size
+    together: one by one on a CPU, which gains nothing by more."""
+    several, most = [], TOGETHER.get(device.type, 4)
     for pair in pairs:
         if several and (len(several) == most or pair[1].shape != several[0][1].shape):
-            yield [index for index, _ in several], torch.stack([image for _, image in several])
+            yield [thing for thing, _ in several], torch.stack([image for _, image in several])
             several = []
         several.append(pair)
     if several:
-        yield [index for index, _ in several], torch.stack([image for _, image in several])
-
-
-TOGETHER = {"cpu": 1, "cuda": 4, "mps": 4}  # images that pass together where nothing is trained
+        yield [thing for thing, _ in several], torch.stack([image for _, image in several])
 
 
 @torch.inference_mode()
@@ -279,12 +278,12 @@ def evaluate(model, dataset: SegmentationDataset, protocol: Protocol, device, wo
     matrix = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64, device=device)
     broadcast_buffers(model)
     own = share(range(len(dataset)))
-    images = load(Subset(EachImage(len(dataset), dataset.image), own), workers, batch_size=None)
-    images = progress(images, len(own), "images scored")
-    for indices, batch in same_sized(zip(own, images, strict=True), torch.device(device)):
-        prediction = predict_prob(model, batch, protocol, device).argmax(1)
-        for index, one in zip(indices, prediction, strict=True):
-            matrix += confusion_matrix(one, dataset.labels(index).to(device))
+    pairs = load(Subset(dataset, own), workers, batch_size=None)
+    pairs = ((truth, image) for image, truth in progress(pairs, len(own), "images scored"))
+    for truths, images in same_sized(pairs, torch.device(device)):
+        prediction = predict_prob(model, images, protocol, device).argmax(1)
+        for one, truth in zip(prediction, truths, strict=True):
+            matrix += confusion_matrix(one, truth.to(device))
     model.train(training)
     if not all_reduce(matrix).any():
         raise InputError(
@@ -524,12 +523,7 @@ def curve_points(run: Path, row: dict, over: str) -> list[tuple]:
     """A run's points of a curve: (what seeds share, x, mIoU19)."""
     result = read_json(run / "result.json")
     if over == "steps":
-        log = run / "metrics.jsonl"
-        lines = [json.loads(x) for x in log.read_text().splitlines()] if log.is_file() else []
-        scored = [x for x in lines if x.get("mIoU19") is not None]
-        scored += [result["before"]] if "before" in result else []
-        scores = {x["step"]: x["mIoU19"] for x in scored} | {result["steps"]: result["mIoU19"]}
-        return [(step, step, score) for step, score in sorted(scores.items())]
+        return [(step, step, score) for step, score in scores_over_steps(run, result)]
     loops = result.get("loops", [])
     points = [(f"loop {x['loop']}", x["share"], x["mIoU19"]) for x in loops]
     share = result["budget"].get("share")
@@ -538,6 +532,15 @@ def curve_points(run: Path, row: dict, over: str) -> list[tuple]:
         print(f"{run}: does not say which share of the pixels it asked; left out of the picture")
         return []
     return [(place, 100 * share, score) for place, share, score in points]
+
+
+def scores_over_steps(run: Path, result: dict) -> list[tuple[int, float]]:
+    """(step, mIoU19) of a run: before its first round, what metrics.jsonl holds, and at the end."""
+    log = run / "metrics.jsonl"
+    lines = [json.loads(x) for x in log.read_text().splitlines()] if log.is_file() else []
+    lines = ([result["before"]] if "before" in result else []) + lines
+    scores = {x["step"]: x["mIoU19"] for x in lines if x.get("mIoU19") is not None}
+    return sorted({**scores, result["steps"]: result["mIoU19"]}.items())
 
 
 def write_output(path: Path, write) -> None:

@@ -60,15 +60,14 @@ from alda.datasets import (
     truth_inside,
     write_atomic,
 )
-from alda.distributed import barrier, first_says, join, leave, rank_and_world, say
-from alda.evaluation import describe, evaluate, pick_device, protocol_of
+from alda.distributed import barrier, first_says, is_first, join, leave, rank_and_world, say
+from alda.evaluation import describe, evaluate, pick_device, protocol_of, scores_over_steps
 from alda.losses import (
     contrastive,
     contrastive_keys,
     cross_entropy,
     local_consistency,
     negative_learning,
-    weighted_consistency,
 )
 from alda.oracle import Waiting, collect
 from alda.pictures import save_story
@@ -115,7 +114,6 @@ from alda.stal import (
     contrast_sets,
     cut,
     draw_others,
-    evaluate_both,
     follow,
     paste,
     plain_logits,
@@ -210,18 +208,13 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
         run.log(step + 1, *losses)
         evaluate_and_save(s, run, validation, step + 1)
 
-    scores = {}
-    if s.teacher:
-        scores["student"] = evaluate(run.model, validation, protocol_of(s), device, s.workers)
-    model = teacher if s.teacher else run.model
     result = {
-        **evaluate(model, validation, protocol_of(s), device, s.workers),
-        **scores,
-        **report(s, source, target, rounds, run=run),
+        **final_scores(s, run, teacher, validation),
+        **report(s, run, source, target, rounds),
         **({"cbda": s.cbda} if s.strategy == "cbda" else {}),
         **({"pseudo": s.pseudo, "pseudo_rounds": records_of(pseudo)} if guesses else {}),
     }
-    draw_story(s, run, model, target, rounds, schedule, result)
+    draw_story(s, run, teacher or run.model, target, rounds, schedule, result)
     return result
 
 
@@ -263,10 +256,10 @@ def losses_of_queries(s: Settings, source, source_logits, target, target_logits)
             labels = torch.where(guessed, labels - PSEUDO, IGNORE)
             loss["pseudo"] = cross_entropy(target_logits, labels)
         if s.teacher:
-            gamma = 2.0 if s.rules == "code" else 0.0
-            before = (torch.full_like(labels, IGNORE), target_logits[:, 0])  # the first round
-            guesses = target[2:] or before
-            loss["unlabelled"] = weighted_consistency(target_logits, *guesses, gamma)
+            guesses = target[2:]  # nothing before the first round
+            loss["unlabelled"] = target_logits.sum() * 0
+            if guesses:
+                loss["unlabelled"] = unlabelled_loss(s, target_logits, *guesses)
         if s.negative:
             loss["negative"] = negative_learning(target_logits.softmax(1))
     return loss
@@ -329,8 +322,8 @@ def train_cbst(s: Settings, out: Path, device: torch.device) -> dict:
 
     nothing_asked = Rounds(out / "rounds")
     result = {
-        **evaluate(run.model, validation, protocol_of(s), device, s.workers),
-        **report(s, source, target, nothing_asked, chosen[-1], run),
+        **final_scores(s, run, None, validation),
+        **report(s, run, source, target, nothing_asked, chosen[-1]),
         "pseudo_rounds": records_of(rounds),
     }
     draw_story(s, run, run.model, target, nothing_asked, starts[:-1], result)
@@ -404,11 +397,10 @@ def train_source(s: Settings, out: Path, device: torch.device) -> Settings:
     last, written = out / "source/checkpoints/last.pt", out / "source/result.json"
     if first_says(not written.is_file()):
         say(f"source-only: {own.steps} steps in {out / 'source'}")
-        first = rank_and_world()[0] == 0
-        if first:
+        if is_first():
             prepare(own)
         result = train_queries(own, run_folder(own), device)
-        if first:
+        if is_first():
             result = {"strategy": "source-only", "toy": s.root == "toy", **result}
             write_atomic(written, json.dumps(result, indent=1))
         say(f"source-only: mIoU19 {100 * result['mIoU19']:.2f}")
@@ -479,7 +471,8 @@ def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
             pseudo = reliable_pseudo_labels(prob, drop, s.rules, inside)
             health = pseudo_label_health(pseudo, truth, inside, target.labelled)
             if s.unlabelled:
-                L["unlabelled"] = unlabelled_loss(s, logits, pseudo, prob, state, generator)
+                sure = prob.amax(1)
+                L["unlabelled"] = unlabelled_loss(s, logits, pseudo, sure, state, generator)
             if s.contrast:
                 features, taught = torch.cat([features, strong]), torch.cat([taught, taught_strong])
                 size = features.shape[-2:]
@@ -503,7 +496,7 @@ def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
         if (step + 1) % s.checkpoint_every == 0 or step + 1 == starts[number]:
             run.save(step + 1)
         run.stop_if_asked(step + 1)
-    result = {**result_of_loops(run.scores), **report(s, source, target, rounds, run=run)}
+    result = {**result_of_loops(run.scores), **report(s, run, source, target, rounds)}
     draw_story(s, run, state.teacher, target, rounds, starts[:-1], result)
     return result
 
@@ -521,7 +514,7 @@ def score_loop(
     """The scores of teacher and student at the end of loop `number`, and what was asked so far."""
     asked = ledger(records_of(rounds))
     share = asked["asked"] / pixels_of(target)
-    scores = evaluate_both(run, teacher, validation, protocol_of(s))
+    scores = final_scores(s, run, teacher, validation)
     return {"loop": number, "asked_images": asked["images"], "share": share, **scores}
 
 
@@ -622,7 +615,17 @@ def check_complete(rounds: Rounds, schedule: list[int], start: int) -> None:
         )
 
 
-def report(s: Settings, source, target, rounds: Rounds, source_images=None, run=None) -> dict:
+def final_scores(s: Settings, run: Run, teacher, validation) -> dict:
+    """The network's scores; where there is a mean teacher the teacher's, and under "student" the
+    network's."""
+    scores = evaluate(run.model, validation, protocol_of(s), run.device, s.workers)
+    if teacher is None:
+        return scores
+    teachers = evaluate(teacher, validation, protocol_of(s), run.device, s.workers)
+    return {**teachers, "student": scores}
+
+
+def report(s: Settings, run: Run, source, target, rounds: Rounds, source_images=None) -> dict:
     """What result.json says beside the scores: the ledger, its share of all target pixels, steps, images
     trained on, and the score before the first round."""
     budget = ledger(records_of(rounds))
@@ -634,7 +637,7 @@ def report(s: Settings, source, target, rounds: Rounds, source_images=None, run=
         "steps": s.steps,
         "source_images": source_images,
         "target_images": len(target) if target else 0,
-        **({"before": run.before} if run is not None and run.before else {}),
+        **({"before": run.before} if run.before else {}),
     }
 
 
@@ -665,9 +668,7 @@ def draw_story(
     if masks:
         panels["all answers"] = rounds.labels(sample.id, sample.size)
     panels["truth"] = target.truth(0)
-    points = [(run.before["step"], run.before["mIoU19"])] if run.before else []
-    points += [(line["step"], line["mIoU19"]) for line in run.scored()]
-    points = sorted({**dict(points), s.steps: result["mIoU19"]}.items())
+    points = scores_over_steps(run.out, result)
     classes = result["budget"]["classes"]
     save_story(image, masks, panels, classes, points, schedule, run.out / "pictures/summary.png")
 
@@ -694,7 +695,7 @@ def main(argv: list[str] | None = None) -> int:
                 torch.set_num_threads(s.threads)
             out = run_folder(s)
             held.enter_context(STOP.listening())
-            if rank_and_world()[0] == 0:
+            if is_first():
                 held.enter_context(ready_folder(s, out))
                 collect(s, out)
             barrier()

@@ -26,6 +26,7 @@ import time
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,6 +52,7 @@ from alda.distributed import (
     broadcast_buffers,
     first_says,
     gather_list,
+    is_first,
     rank_and_world,
     say,
     share,
@@ -217,25 +219,37 @@ def mirrored_probabilities(s: Settings, model, images: torch.Tensor, device) -> 
 # ----------------------------------------------------------------------------------- ask for pixels
 
 
+class Chosen(NamedTuple):
+    """What a round asks; under torchrun complete on the first process alone."""
+
+    centres: list[torch.Tensor]  # of every image, (n,2) int64 (row, column), the first picked first
+    # by image: score, impurity, uncertainty and predicted class (n,4), and the panels to draw
+    factors: dict[int, torch.Tensor]
+    shown: dict[int, dict]
+    notes: dict  # what round.json says beside the ledger
+
+
 def ask_pixels(s: Settings, run: Run, target: SegmentationDataset, rounds: Rounds, number: int):
     """Query round `number` over the whole target set: score and select, ask the oracle, store,
     draw, report. Under torchrun each process scores its share of the images, the first asks."""
     began = time.time()
     records = [rounds.record(earlier + 1) for earlier in range(number - 1)]
     say(f"round {number}/{s.rounds}: scoring {len(target)} images")
-    centres, factors, shown, notes = choose(s, run, target, rounds, number, records)
-    if rank_and_world()[0] == 0:
-        store_picks(s, run, target, rounds, number, (centres, factors), shown, notes)
-        report_picks(s, rounds, number, notes, time.time() - began)
+    chosen = choose(s, run, target, rounds, number, records)
+    if is_first():
+        folder = run.out / "pictures" / f"round-{number:02d}"
+        store_picks(s, target, rounds, number, chosen, folder)
+        labelled = ledger([*records, rounds.record(number)])["classes"]
+        class_picture(labelled, folder / "classes.png", balanced="class_weights" in chosen.notes)
+        report_picks(s, rounds, number, time.time() - began)
     barrier()
 
 
-def store_picks(s: Settings, run: Run, target, rounds: Rounds, number: int, chosen, shown, notes):
-    """Asks the oracle for what `choose` has chosen and stores it as round `number`; draws some."""
-    centres, factors = chosen
+def store_picks(s: Settings, target, rounds: Rounds, number: int, chosen: Chosen, folder: Path):
+    """Asks the oracle for what was `chosen` and stores it as round `number`; draws some into
+    `folder`."""
+    centres, factors, shown, notes = chosen
     paint_radius = 0 if s.unit == "pixel" else s.radius
-    folder = run.out / "pictures" / f"round-{number:02d}"
-    records = [rounds.record(earlier + 1) for earlier in range(number - 1)]
     with asking(s, rounds, number, target, centres) as new:
 
         def ask(index):
@@ -250,7 +264,7 @@ def store_picks(s: Settings, run: Run, target, rounds: Rounds, number: int, chos
 
         for index, sample, asked, answers in ahead(ask, range(len(target)), s.workers):
             if index in shown:
-                before = rounds.asked(sample.id, sample.size, number - 1)
+                before = asked_before(target, rounds, number, index)
                 known = rounds.labels(sample.id, sample.size, number - 1)
                 panels = {
                     **shown[index],
@@ -261,8 +275,6 @@ def store_picks(s: Settings, run: Run, target, rounds: Rounds, number: int, chos
                 write_map(folder / f"{sample.id}_prediction.png", panels["prediction"])
         order = [sample.id for sample in target.samples if sample.id in new.images]
         new.images, new.notes = {name: new.images[name] for name in order}, notes
-    labelled = ledger([*records, rounds.record(number)])["classes"]
-    class_picture(labelled, folder / "classes.png", balanced="class_weights" in notes)
 
 
 def write_factors(path: Path, centres: torch.Tensor, factors: torch.Tensor) -> None:
@@ -275,18 +287,18 @@ def write_factors(path: Path, centres: torch.Tensor, factors: torch.Tensor) -> N
     path.write_text("\n".join(lines) + "\n")
 
 
-def report_picks(s: Settings, rounds: Rounds, number: int, notes: dict, seconds: float) -> None:
+def report_picks(s: Settings, rounds: Rounds, number: int, seconds: float) -> None:
     """Prints what round `number` asked and got."""
     record = rounds.record(number)
     print(
         f"round {number}/{s.rounds}: asked {record['asked']:,} px ({record['regions']:,} of "
-        f"{notes['picks_due']:,} picks due, {len(record['images'])} images), labelled "
+        f"{record['picks_due']:,} picks due, {len(record['images'])} images), labelled "
         f"{record['labelled']:,}, ignored by the truth {record['ignored']:,}, "
-        f"left at {s.target_size} {record['trained']:,}; {notes['share_of_score_0']:.0%} of the picks "
+        f"left at {s.target_size} {record['trained']:,}; {record['share_of_score_0']:.0%} of the picks "
         f"have score 0 ({seconds:.0f} s)",
         flush=True,
     )
-    if notes["share_of_score_0"] > 0.5:
+    if record["share_of_score_0"] > 0.5:
         print(
             f"warning: more than half of the picks of round {number} have score 0: the network sees "
             "too few classes to tell regions apart; train longer before the first query (--query-steps)",
@@ -296,9 +308,7 @@ def report_picks(s: Settings, rounds: Rounds, number: int, notes: dict, seconds:
 
 @torch.inference_mode()
 def choose(s: Settings, run: Run, target, rounds: Rounds, number: int, records: list[dict]):
-    """Which centres round `number` asks: (centres (n,2) int64 of every image; score, impurity,
-    uncertainty and predicted class (n,4) of each; panels of the images drawn; notes), the first
-    three by image on the first process.
+    """Which centres round `number` asks: `Chosen`.
 
     RIPU: each image has its own budget. CBDA `dynamic`: one budget over all images; `balance`:
     scores are weighted by what the classes have consumed so far. Scores are taken on the logits at
@@ -325,12 +335,13 @@ def choose(s: Settings, run: Run, target, rounds: Rounds, number: int, records: 
     seen = over_target(s, run, target, logits_of, indices=own, lost=lost)
     earlier = ahead(lambda i: asked_before(target, rounds, number, i), own, s.workers)
     for (index, image, logits), before in zip(seen, earlier, strict=True):
-        sample, prediction = target.samples[index], logits.argmax(0)
+        sample = target.samples[index]
+        entropies, prediction = acquisition.entropy_and_prediction(logits)
         seed = mix_seed(s.seed, 3, number, index)
         score = acquisition.SCORES[s.strategy](logits, s.radius, s.unit, seed)
         if balance:
             score = acquisition.class_balanced(score, prediction, weights)
-            used_up = (weights == 0).to(run.device)[prediction]
+            used_up = (weights == 0).to(run.device)[prediction.long()]
             score = score.masked_fill(used_up, -math.inf)
         blocked = acquisition.dilate(before.to(run.device), s.radius) if number > 1 else None
         due = count
@@ -338,16 +349,19 @@ def choose(s: Settings, run: Run, target, rounds: Rounds, number: int, records: 
             due = regions_due(budget_pixels(s, [sample.size]), s, int(before.sum()))
             picks_due += due
         free = score.masked_fill(score < pool.floor, -math.inf)  # CBDA: what can still win
-        ties = tie_breaks(s, logits, number, index)
+        ties = tie_breaks(s, entropies, number, index)
         picked = acquisition.select_regions(free, due, block_radius, blocked, ties)
-        values = score[picked[:, 0], picked[:, 1]]
-        why = acquisition.factors_at(logits, picked, s.radius, s.unit)
-        centres[index], factors[index] = picked.cpu(), torch.stack([values, *why], 1).cpu()
+        at, maps = picked.unbind(1), (entropies, prediction)
+        why = acquisition.factors_at(picked, *maps, len(logits), s.radius, s.unit)
+        rows = torch.stack([score[at], *why, prediction[at]], 1).cpu()
+        centres[index], factors[index] = picked.cpu(), rows
         if dynamic:
-            pool.add(index, centres.pop(index), values)
-            factors = {i: rows[: len(pool.images[i][0])] for i, rows in factors.items()}
+            floor = pool.floor
+            pool.add(index, centres.pop(index), rows[:, 0])
+            if pool.floor > floor:  # what can no longer win was thrown away
+                factors = {i: r[: len(pool.images[i][0])].clone() for i, r in factors.items()}
         if s.pictures and index % every == 0:
-            panels = {"prediction": prediction.to(torch.uint8).cpu(), "score": score.cpu()}
+            panels = {"prediction": prediction.cpu(), "score": score.cpu()}
             shown[index] = {"image": image, **panels}
     if dynamic:
         centres = pool.select()
@@ -361,7 +375,7 @@ def choose(s: Settings, run: Run, target, rounds: Rounds, number: int, records: 
     factors = {index: rows for index, _, rows in chosen}
     scores = torch.cat([torch.empty(0), *(rows[:, 0] for rows in factors.values())])
     notes["share_of_score_0"] = (scores == 0).double().mean().item() if len(scores) else 0.0
-    return centres, factors, dict(gather_list([*shown.items()])), notes
+    return Chosen(centres, factors, dict(gather_list([*shown.items()])), notes)
 
 
 def asked_before(target, rounds: Rounds, number: int, index: int) -> torch.Tensor:
@@ -370,20 +384,19 @@ def asked_before(target, rounds: Rounds, number: int, index: int) -> torch.Tenso
     return rounds.asked(sample.id, sample.size, number - 1)
 
 
-def tie_breaks(s: Settings, logits: torch.Tensor, number: int, index: int) -> torch.Tensor | None:
-    """What ranks equal scores of an image: the uncertainty of what a pick labels, then a draw by seed,
-    round and image; (2,H,W) float32. None with --rules code: the official order, from the left.
+def tie_breaks(s: Settings, entropies, number: int, index: int) -> torch.Tensor | None:
+    """What ranks equal scores of an image: the uncertainty of what a pick labels, from the pixels'
+    `entropies` (H,W), then a draw by seed, round and image; (2,H,W) float32. None with --rules code:
+    the official order, from the left.
 
     A flat prediction has impurity 0, and so score 0, everywhere: on real photographs a first round
     that follows the official order lies in the two leftmost columns.
     """
     if s.rules == "code":
         return None
-    uncertainty = acquisition.entropy_score(logits, 0 if s.unit == "pixel" else s.radius)
-    seed = mix_seed(s.seed, 4, number, index)
-    return torch.stack(
-        [uncertainty, acquisition.random_score(logits.shape[-2:], seed, logits.device)]
-    )
+    radius, seed = 0 if s.unit == "pixel" else s.radius, mix_seed(s.seed, 4, number, index)
+    draw = acquisition.random_score(entropies.shape, seed, entropies.device)
+    return torch.stack([acquisition.region_uncertainty(entropies, radius), draw])
 
 
 # ----------------------------------------------------------------------------------- ask for images
@@ -413,7 +426,7 @@ def ask_images(
         draws = np.random.default_rng(mix_seed(s.seed, 3, number)).random(len(left))
         score, shown = torch.zeros(len(target), dtype=torch.float64), {}
         score[left] = torch.from_numpy(draws)
-    if rank_and_world()[0] == 0:
+    if is_first():
         chosen, quotas = most_uncertain(target, left, score, count)
         folder = run.out / "pictures" / f"round-{number:02d}"
         with asking(s, rounds, number, target) as new:
@@ -496,8 +509,7 @@ def label_target(
     histogram.add_up()
     portion = target_portion(number - 1, s.portion, s.portion_step, s.portion_max)
     thresholds = histogram.thresholds(portion, balanced=kind != "st")
-    first = rank_and_world()[0] == 0
-    if first:
+    if is_first():
         work = begin_folder(pseudo.path(number), ("labels",))
     folder = run.out / "pictures" / f"pseudo-{number:02d}"
     total = dict.fromkeys(("labelled", "judged", "correct", "truth", "covered"), 0)
@@ -527,7 +539,7 @@ def label_target(
                 total = {key: total[key] + counts[key] for key in total}
                 if panels:
                     save_sheet({**panels, "truth": truth}, folder / f"{name}.png")
-    if first:
+    if is_first():
         record = pseudo_record(kind, portion, thresholds, histogram.predicted, total)
         complete_folder(work, pseudo.path(number), record)
         report_pseudo(s, target, number, record, time.time() - began)

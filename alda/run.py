@@ -56,8 +56,8 @@ def batches(s, dataset: SegmentationDataset, step: int, stream: int, labels_of):
     """An endless iterator of [images (N,3,H,W) uint8, labels (N,H,W) uint8] from step `step` on.
 
     Under torchrun N is --batch over the processes: a step has the same samples, however many share
-    them. `stream` 1 is the source, 2 the target: their sizes, their order (class-balanced for the source)
-    and their seeds differ. `labels_of(index)` replaces the dataset's labels, see TrainingView.
+    them. `stream` 1 is the source, 2 the target: their sizes, their order (class-balanced for the
+    source) and their seeds differ. `labels_of(index)` replaces the dataset's labels, see TrainingView.
     Raises InputError for a size that cannot be read.
     """
     presence = None
@@ -138,21 +138,19 @@ class Run:
         self.half = s.precision == "bfloat16" or (s.precision == "auto" and has_bfloat16(device))
         self.network = network_of(s)
         self.model = self.fresh_model()
-        # what training calls; under torchrun it averages the gradients
-        self.forward: torch.nn.Module = self.model
+        if world > 1 and device.type == "cuda":
+            self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         if s.checkpointing:
             deeplab.checkpoint_blocks(self.model)
         if s.compile:
             self.model.compile()
+        # what training calls; under torchrun it averages the gradients
+        self.forward: torch.nn.Module = self.model
         if world > 1:
-            if device.type == "cuda":
-                self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
             ids = [device.index] if device.type == "cuda" else None
             parallel = torch.nn.parallel.DistributedDataParallel
-            known = inspect.signature(parallel).parameters  # the option was renamed
-            sync = (
-                "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            )
+            renamed = "forward_sync_buffers" in inspect.signature(parallel).parameters
+            sync = "forward_sync_buffers" if renamed else "broadcast_buffers"
             self.forward = parallel(self.model, device_ids=ids, **{sync: False})
         self.optimizer = torch.optim.SGD(
             deeplab.parameter_groups(self.model, s.lr),
@@ -162,15 +160,12 @@ class Run:
             fused=device.type == "cuda" or None,
         )
         self.parts: dict = {}  # name: what else a checkpoint holds, anything with state_dict and load_state_dict
-        self.history: list[
-            torch.Tensor
-        ] = []  # the losses of the steps since the last progress line, on the device
+        # the losses of the steps since the last progress line, on the device
+        self.history: list[torch.Tensor] = []
         self.names: list[str] = []
         self.lines = 0  # of metrics.jsonl
-        self.clock = self.spent = (
-            0.0  # when the present step began; seconds of the steps that are done
-        )
-        self.timed = 0  # how many steps those are, since the last progress line
+        # when the present step began; steps since the last progress line, and their seconds
+        self.clock, self.timed, self.spent = 0.0, 0, 0.0
         # scores of the loops that are done (STAL), and before the first round; kept in checkpoints
         self.scores: list[dict] = []
         self.before: dict | None = None
@@ -289,13 +284,6 @@ class Run:
                 "on with --resume"
             ) from None
         self.lines += 1
-
-    def scored(self) -> list[dict]:
-        """The lines of metrics.jsonl that hold scores of the network, for a picture only."""
-        path = self.out / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
-        lines = [json.loads(line) for line in lines]
-        return [line for line in lines if "mIoU19" in line]
 
     def save(self, step: int) -> None:
         """Writes checkpoints/last.pt: everything that the rest of the run depends on. Under a
@@ -481,10 +469,10 @@ STOP = Stop()
 
 def resume_line(out: Path) -> str:
     """The command that goes on with a run: the script's own where a script began it, which may have
-    brought a score of its own."""
-    script, loop = Path(sys.argv[0]), Path(__file__).with_name("loop.py")
-    own = script.suffix == ".py" and script.is_file() and not script.samefile(loop)
-    own = own and script.name != "__main__.py"  # a module that was started with -m
+    brought a score of its own; not a module of this package, nor one that -m started."""
+    script = Path(sys.argv[0])
+    own = script.suffix == ".py" and script.is_file() and script.name != "__main__.py"
+    own = own and script.resolve().parent != Path(__file__).resolve().parent
     start = shlex.quote(str(script)) if own else "-m alda.loop"
     return f"python {start} --resume --out {shlex.quote(str(out))}"
 

@@ -73,8 +73,8 @@ class Settings:
     cache: str = option(
         "",
         "run",
-        "DIR for decoded images at the training size, where none is scaled at random: 1.4 to 2.8 MB an "
-        "image at the defaults, read 40 times as fast as PNGs",
+        "DIR for decoded images at the training size, where none is scaled at random: 2.5 to 2.8 MB an "
+        "image at the defaults",
         read_by=SCHEDULED,
     )
     cache_gb: float = option(

@@ -50,7 +50,6 @@ from alda.datasets import (
     truth_inside,
 )
 from alda.distributed import all_reduce, rank_and_world
-from alda.evaluation import evaluate
 from alda.losses import MemoryBank, contrastive_sets, ohem_cross_entropy, weighted_consistency
 from alda.run import Run, transform_of
 from alda.selftraining import percentile, reliable_pseudo_labels, update_teacher
@@ -464,19 +463,21 @@ def supervised_loss(s: Settings, logits, auxiliary, labels) -> torch.Tensor:
     return loss + s.auxiliary * extra
 
 
-def unlabelled_loss(s: Settings, logits, pseudo, prob, state, generator) -> torch.Tensor:
+def unlabelled_loss(
+    s: Settings, logits, pseudo, confidence, state=None, generator=None
+) -> torch.Tensor:
     """L_u: with --rules code weighted by the teacher's confidence^2; --class-keep thins the classes
-    that are easy by now.
+    that are easy by now, which a `state` knows (STAL's; --teacher has none).
 
-    `logits` (N,C,h,w) the student's, `pseudo` (N,H,W), `prob` (N,C,H,W) the teacher's.
+    `logits` (N,C,h,w) the student's, `pseudo` (N,H,W) labels and `confidence` (N,H,W) the teacher's.
     """
     logits = deeplab.upsample(logits.float(), pseudo.shape[-2:])
     keep = None
-    if s.class_keep:
+    if s.class_keep and state is not None:
         u = torch.rand(pseudo.shape, generator=generator, device=pseudo.device)
         keep = keep_by_class(logits.argmax(1), state.confidence.value, u)
     gamma = 2.0 if s.rules == "code" else 0.0
-    return weighted_consistency(logits, pseudo, prob.amax(1), gamma, keep)
+    return weighted_consistency(logits, pseudo, confidence, gamma, keep)
 
 
 def contrast_sets(labels, labelled_logits, pseudo, weak, inside, size):
@@ -602,10 +603,3 @@ def pseudo_label_health(pseudo, truth, inside, labelled=True) -> dict[str, torch
     judged = (pseudo != IGNORE) & (truth < NUM_CLASSES)
     right = ((pseudo == truth) & judged).sum()
     return {**kept, "accuracy": right / judged.sum().clamp(min=1)}
-
-
-def evaluate_both(run: Run, teacher, validation, protocol) -> dict:
-    """The teacher's scores, and under "student" the student's."""
-    workers = run.s.workers
-    student = evaluate(run.model, validation, protocol, run.device, workers)
-    return {**evaluate(teacher, validation, protocol, run.device, workers), "student": student}

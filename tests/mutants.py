@@ -286,14 +286,14 @@ rounds | parts | --rules code and --rules paper swap their tie-breaks
 +    if s.rules != "code":
 +        return None
 rounds | parts | every round draws ties alike
--seed = mix_seed(s.seed, 4, number, index)
-+seed = mix_seed(s.seed, 4, index)
+-, mix_seed(s.seed, 4, number, index)
++, mix_seed(s.seed, 4, index)
 rounds | parts random | the strategy random asks the same places of every image
 -seed = mix_seed(s.seed, 3, number, index)
 +seed = mix_seed(s.seed, 3, number)
 rounds | parts | ties of regions look at the centre's uncertainty only
--entropy_score(logits, 0 if s.unit == "pixel" else s.radius)
-+entropy_score(logits, 0)
+-radius, seed = 0 if s.unit == "pixel" else s.radius,
++radius, seed = 0,
 rounds | parts ripu | the target is scored and pseudo-labelled in train mode
 -    model.eval()
 -    images = load(
@@ -475,9 +475,9 @@ stal | mixing loops run-stal | every step has the same random numbers
 stal | mixing | what a crop adds is a class in the image bank
 -.argmax(1).masked_fill(truth == IGNORE, IGNORE)
 +.argmax(1)
-stal | run-stal | the student's scores are reported
--return {**evaluate(teacher, validation,
-+return {**evaluate(run.model, validation,
+loop | run-stal | the student's scores are reported
+-teachers = evaluate(teacher, validation,
++teachers = evaluate(run.model, validation,
 loop | schedules | poly has the power 1
 -power: float = 0.9
 +power: float = 1.0

@@ -378,17 +378,19 @@ def test_factors_of_picks_are_those_of_the_whole_map(k):
     logits = torch.randn(5, 9, 12) * 3
     rows, cols = torch.meshgrid(torch.arange(9), torch.arange(12), indexing="ij")
     centres = torch.stack([rows.flatten(), cols.flatten()], 1)
-    impurity, uncertainty, predicted = A.factors_at(logits, centres, k)
+    entropies, prediction = A.entropy_and_prediction(logits)
+    maps = entropies, prediction, 5
+    impurity, uncertainty = A.factors_at(centres, *maps, k)
     _, all_impurity, all_uncertainty = A.ripu_score(logits, k)
     assert (impurity.view(9, 12) - all_impurity).abs().max() < 1e-6
     assert (uncertainty.view(9, 12) - all_uncertainty).abs().max() < 1e-6
-    assert torch.equal(predicted.view(9, 12).long(), logits.argmax(0))
-    _, own, _ = A.factors_at(logits, centres, k, unit="pixel")
+    assert torch.equal(prediction.long(), logits.argmax(0))
+    _, own = A.factors_at(centres, *maps, k, unit="pixel")
     assert (own.view(9, 12) - A.pixel_entropy(logits.softmax(0))).abs().max() < 1e-6
     for radius in (k, 10**9):
-        assert [len(x) for x in A.factors_at(logits, centres[:0], radius)] == [0, 0, 0]
+        assert [len(x) for x in A.factors_at(centres[:0], *maps, radius)] == [0, 0]
     few = centres[[0, 50, 107]]  # windows that are smaller than the maps, and one that is not
-    some, whole = A.factors_at(logits, few, k), A.factors_at(logits, few, 10**9)
+    some, whole = A.factors_at(few, *maps, k), A.factors_at(few, *maps, 10**9)
     assert (some[0] - all_impurity.flatten()[[0, 50, 107]]).abs().max() < 1e-6
     assert (some[1] - all_uncertainty.flatten()[[0, 50, 107]]).abs().max() < 1e-6
     assert (whole[1] - A.pixel_entropy(logits.softmax(0)).mean()).abs().max() < 1e-6

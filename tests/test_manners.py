@@ -19,6 +19,7 @@ from alda import (
     __main__,
     __version__,
     acquisition,
+    annotate,
     datasets,
     evaluation,
     loop,
@@ -288,7 +289,7 @@ def test_a_scripts_run_is_resumed_by_the_script(tiny_world, tmp_path):
     assert done.returncode == 0 and (out / "result.json").is_file(), done.stderr[-500:]
 
 
-@pytest.mark.parametrize("started", ["-c", "pytest", loop.__file__])
+@pytest.mark.parametrize("started", ["-c", "pytest", loop.__file__, annotate.__file__])
 def test_without_a_script_alda_loop_resumes(started, monkeypatch):
     monkeypatch.setattr(sys, "argv", [started])
     assert run.resume_line(Path("a b")) == "python -m alda.loop --resume --out 'a b'"

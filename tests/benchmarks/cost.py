@@ -49,7 +49,7 @@ def model(s, args) -> dict[str, tuple[float, str]]:
     if s.strategy == "stal":
         # student on labelled and mixed images with gradient; teacher on both, on the plain ones and on
         # those to cut from
-        step = 2 * flops(network, s.crop_hw, s.batch, True) + 3 * flops(
+        step = 2 * flops(network, s.crop_hw, s.batch, True) + 4 * flops(
             network, s.crop_hw, s.batch, False
         )
     else:

@@ -188,9 +188,7 @@ def stal_step(args) -> None:
                 train_mode(teacher, plain_images)
                 strong, _, _ = run.forward(plain_images, extras=True)
             prob = weak.softmax(1)
-            loss = loss + unlabelled_loss(
-                s, strong, prob.argmax(1).to(torch.uint8), prob, None, None
-            )
+            loss = loss + unlabelled_loss(s, strong, prob.argmax(1).to(torch.uint8), prob.amax(1))
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             run.optimizer.step()
