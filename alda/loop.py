@@ -15,8 +15,9 @@ uint8].
 Differences from papers and official code:
 
  D23. Live batch norm sees source and target of RIPU's step in one pass where both have one size, so
-      that its running statistics are of the mixture it is tested with. With frozen batch norm one
-      pass or two give the same. STAL's labelled and unlabelled images pass apart, as in its code.
+      that its running statistics are of the mixture it is tested with; a warning says so where the
+      sizes differ (mIoU 32 instead of 40, RESULTS.md). With frozen batch norm one pass or two give
+      the same. STAL's labelled and unlabelled images pass apart, as in its code.
  D24. STAL's schedule falls with every step (drop share, start of the contrastive loss), the code's
       with every epoch. Loops go on from the teacher; the code starts each from ImageNet
       (--restart).
@@ -154,6 +155,8 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
     guesses = pseudo_schedule(s, schedule)
     rounds, pseudo = Rounds(out / "rounds"), Rounds(out / "pseudo")
     run = Run(s, out, device)
+    if source is not None and target is not None:
+        warn_of_two_sizes(s, run)
     teacher = copy.deepcopy(run.model).requires_grad_(False) if s.teacher else None
     run.parts = {"teacher": teacher} if s.teacher else {}
     start = run.resume()
@@ -216,6 +219,15 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
     }
     draw_story(s, run, teacher or run.model, target, rounds, schedule, result)
     return result
+
+
+def warn_of_two_sizes(s: Settings, run: Run) -> None:
+    """A line where live batch norm will see source and target apart (D23)."""
+    if run.network["batch_norm"] == "live" and s.source_hw != s.target_hw and not s.crop:
+        say(
+            f"warning: live batch norm sees --source-size {s.source_size} and --target-size "
+            f"{s.target_size} apart, but is tested with statistics of both: give one size for the two"
+        )
 
 
 def forward_both(model, source, target) -> list[torch.Tensor | None]:

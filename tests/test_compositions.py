@@ -1026,6 +1026,15 @@ def test_source_and_target_of_one_size_pass_together():
     assert loop.forward_both(model, None, target)[0] is None
 
 
+@pytest.mark.parametrize("norm, sizes, warned", [
+    ("live", ("32x16", "32x24"), True), ("live", ("32x24", "32x24"), False), ("frozen", ("32x16", "32x24"), False)
+])  # fmt: skip
+def test_two_sizes_under_live_batch_norm_are_warned_of(norm, sizes, warned, capsys):
+    s = settings_for({"strategy": "full", "source_size": sizes[0], "target_size": sizes[1]})
+    loop.warn_of_two_sizes(s, SimpleNamespace(network={"batch_norm": norm}))
+    assert ("warning: live batch norm" in capsys.readouterr().out) == warned
+
+
 @pytest.mark.parametrize("kind", ["cbst", "cbst-sp"])
 def test_each_round_of_pseudo_labels_is_made_anew_with_its_prior(
     kind, tiny_world, tmp_path, monkeypatch

@@ -24,8 +24,8 @@ from pathlib import Path
 
 WORLDS = {
     "real": {
-        "sizes": ["--source-size", "160x90", "--target-size", "160x120"],
-        "crop": "160x90",
+        "sizes": ["--source-size", "160x120", "--target-size", "160x120"],
+        "crop": "160x120",
         "source": ["--steps", "300", "--batch", "4", "--lr", "0.0025"],
         "adapt": ["--steps", "250", "--poly-steps", "250", "--batch", "2", "--lr", "0.01"],
     },
