@@ -4,12 +4,14 @@
     python -m tests.benchmarks.evidence --world toy --init mobilenet_v2_imagenet.pth --rows full full:twice --seeds 0 1 2
     python -m tests.benchmarks.evidence ... --only-table     # what is finished, nothing is run
 
-A row is STRATEGY[:VARIANT][+PSEUDO][@BUDGET]: `ripu@0.022`, `cbda:balance@0.05`, `ripu+cbst@0.022`, `stal:random@0.05`,
-`cbst`, `full`, `full:twice` (twice the steps), `ripu:teacher@0.005`. Every row starts from its seed's source-trained
-MobileNetV2 (`source-only`, trained once, kept in RUNS) and has the same steps, rates and images: one recipe, WORLDS below,
-chosen on `source-only` and `full` alone (CBST and its kin: a fifth of the rate, as in the miniature world's defaults). A run
-that is finished is not run again, one that was stopped goes on. Differences are paired by seed: a row minus the row of
-`--against` with the same budget, mean +- standard error over the seeds.
+A row is STRATEGY[:VARIANT][+PSEUDO][@BUDGET]: `ripu@0.022`, `cbda:balance@0.05`, `ripu+cbst@0.022`,
+`ripu:teacher@0.005`, `stal:random@0.05`, `cbst`, `full`, `full:twice` (twice the steps), `ripu-pa` and
+`random:pa` (40 single pixels an image). Every row starts from its seed's source-trained MobileNetV2
+(`source-only`, trained once, kept in RUNS) and has the same steps, rates and images: one recipe,
+WORLDS below, chosen on `source-only` and `full` alone (CBST and its kin: a fifth of the rate, as in the
+miniature world's defaults). A run that is finished is not run again, one that was stopped goes on.
+Differences are paired by seed: a row minus the row of `--against` with the same budget, mean +-
+standard error over the seeds.
 """
 
 import argparse
@@ -27,13 +29,13 @@ WORLDS = {
         "sizes": ["--source-size", "160x120", "--target-size", "160x120"],
         "crop": "160x120",
         "source": ["--steps", "300", "--batch", "4", "--lr", "0.0025"],
-        "adapt": ["--steps", "250", "--poly-steps", "250", "--batch", "2", "--lr", "0.01"],
+        "adapt": ["--steps", "250", "--batch", "2", "--lr", "0.01"],
     },
     "toy": {
         "sizes": ["--root", "toy", "--source-size", "128x64", "--target-size", "128x64"],
         "crop": "128x64",
         "source": ["--steps", "300", "--batch", "4", "--lr", "0.0025"],
-        "adapt": ["--steps", "250", "--poly-steps", "250", "--batch", "2", "--lr", "0.0025"],
+        "adapt": ["--steps", "250", "--batch", "2", "--lr", "0.0025"],
     },
 }
 QUERIES = ["--query-steps", "0,20,40,60,80"]
@@ -74,34 +76,18 @@ def adapt(args, common: list[str], row: str, seed: int) -> dict:
     options = [*common, "--strategy", strategy, "--init", str(start), "--seed", str(seed)]
     options += [*world["adapt"]]
     if strategy == "stal":
-        options += [
-            "--head",
-            "ripu",
-            "--crop",
-            world["crop"],
-            "--ohem-threshold",
-            "1",
-            "--bank",
-            "3000",
-        ]
-        options += ["--source-images", "0", "--protocol", "ripu", *STAL[variant]]
-        del options[options.index("--poly-steps") :][:2]
+        options += ["--head", "ripu", "--crop", world["crop"], "--ohem-threshold", "1"]
+        options += ["--bank", "3000", "--source-images", "0", "--protocol", "ripu"]
+        options += STAL[variant]
     elif strategy in SELF_TRAINING:
-        options += [
-            "--lr",
-            "0.002",
-            "--rounds",
-            "4",
-            "--crop",
-            world["crop"],
-            "--test-size",
-            world["sizes"][-1],
-        ]
-        del options[options.index("--poly-steps") :][:2]
-    elif strategy != "full":
-        options += QUERIES
-    if variant == "twice":
-        options += ["--steps", "500", "--poly-steps", "500"]
+        options += ["--lr", "0.002", "--rounds", "4", "--crop", world["crop"]]
+        options += ["--test-size", world["sizes"][-1]]
+    else:
+        steps = "500" if variant == "twice" else "250"
+        options += ["--steps", steps, "--poly-steps", steps]
+        options += QUERIES if strategy != "full" else []
+    if variant == "pa":  # single pixels, as many as ripu-pa's
+        options += ["--unit", "pixel", "--pixels", "40"]
     options += ["--budget", budget] if budget else []
     options += ["--cbda", variant] if strategy == "cbda" else []
     options += ["--pseudo", pseudo] if pseudo else []
@@ -118,37 +104,52 @@ def spread(values: list[float]) -> str:
 
 
 def paired(mine: dict, other: dict) -> str:
-    """The mean difference by seed +- its standard error."""
+    """The mean difference by seed +- its standard error, and the difference of each seed."""
     gaps = [mine[seed] - other[seed] for seed in mine if seed in other]
     if len(gaps) < 2:
         return ""
     error = statistics.stdev(gaps) / math.sqrt(len(gaps))
-    return f"{statistics.mean(gaps):+.1f} ± {error:.1f}"
+    each = ", ".join(f"{gap:+.1f}" for gap in gaps)
+    return f"{statistics.mean(gaps):+.1f} ± {error:.1f} ({each})"
+
+
+def compared_with(row: str, against: str) -> str:
+    """The row that `row` is measured against: the same budget, or the same pixels an image."""
+    strategy, _, _, budget = split(row)
+    if strategy == "ripu-pa":
+        return f"{against}:pa"
+    return f"{against}@{budget}" if budget else against
 
 
 def print_table(results: dict[str, dict[int, dict]], against: str) -> None:
-    """A line a row: n, mean over the classes that occur, the five lowest, the difference, minutes."""
+    """A line a row: n, the mean over the classes that occur, what was asked, the difference."""
     scores = {
         row: {seed: 100 * r["mIoU19"] for seed, r in runs.items()} for row, runs in results.items()
     }
-    print(f"| row | n | mIoU | 5 lowest classes | pixels asked | minus {against} | minutes |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"| row | n | mIoU | pixels asked | minus {against} | minutes |")
+    print("|---|---|---|---|---|---|")
     for row, runs in results.items():
         if not runs:
             continue
-        _, _, _, budget = split(row)
-        other = scores.get(f"{against}@{budget}" if budget else against, {})
-        lowest = []
-        for r in runs.values():
-            values = sorted(v for v in r["IoU"].values() if v is not None)
-            lowest.append(100 * statistics.mean(values[:5]))
         asked = statistics.mean(r["budget"]["asked"] for r in runs.values())
         minutes = statistics.mean(r["wall_s"] for r in runs.values()) / 60
+        other = scores.get(compared_with(row, against), {})
         gap = "" if row.startswith(against) else paired(scores[row], other)
         print(
-            f"| {row} | {len(runs)} | {spread([*scores[row].values()])} | {spread(lowest)} | {asked:,.0f} | "
+            f"| {row} | {len(runs)} | {spread([*scores[row].values()])} | {asked:,.0f} | "
             f"{gap} | {minutes:.1f} |"
         )
+
+
+def print_classes(results: dict[str, dict[int, dict]]) -> None:
+    """A line a row: the mean IoU of each class that occurs."""
+    runs = next(iter(runs for runs in results.values() if runs), {})
+    names = [name for r in [*runs.values()][:1] for name, v in r["IoU"].items() if v is not None]
+    print(f"\n| mean IoU | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
+    for row, runs in results.items():
+        if runs:
+            means = [statistics.mean(100 * r["IoU"][name] for r in runs.values()) for name in names]
+            print(f"| {row} | {' | '.join(f'{mean:.1f}' for mean in means)} |")
 
 
 def main() -> None:
@@ -192,6 +193,7 @@ def main() -> None:
                 if result is not None:
                     results[row][seed] = result
     print_table(results, args.against)
+    print_classes(results)
 
 
 if __name__ == "__main__":
