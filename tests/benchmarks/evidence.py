@@ -5,13 +5,13 @@
     python -m tests.benchmarks.evidence ... --only-table     # what is finished, nothing is run
 
 A row is STRATEGY[:VARIANT][+PSEUDO][@BUDGET]: `ripu@0.022`, `cbda:balance@0.05`, `ripu+cbst@0.022`,
-`ripu:teacher@0.005`, `stal:random@0.05`, `cbst`, `full`, `full:twice` (twice the steps), `ripu-pa` and
-`random:pa` (40 single pixels an image). Every row starts from its seed's source-trained MobileNetV2
-(`source-only`, trained once, kept in RUNS) and has the same steps, rates and images: one recipe,
-WORLDS below, chosen on `source-only` and `full` alone (CBST and its kin: a fifth of the rate, as in the
-miniature world's defaults). A run that is finished is not run again, one that was stopped goes on.
-Differences are paired by seed: a row minus the row of `--against` with the same budget, mean +-
-standard error over the seeds.
+`ripu:teacher@0.005`, `stal:random@0.05`, `cbst`, `full`, `full:twice` (twice the steps), `ripu-pa`
+and `random:pa` (40 single pixels an image), `cbda:both-source@0.005` (VARIANTS and cbda_target.py).
+Every row starts from its seed's source-trained MobileNetV2 (`source-only`, trained once, kept in
+RUNS) and has the same steps, rates and images: one recipe, WORLDS below, chosen on `source-only`
+and `full` alone (CBST and its kin: a fifth of the rate, as in the miniature world's defaults). A
+run that is finished is not run again, one that was stopped goes on. Differences are paired by seed:
+a row minus the row of `--against` with the same budget, mean +- standard error over the seeds.
 """
 
 import argparse
@@ -39,21 +39,32 @@ WORLDS = {
     },
 }
 QUERIES = ["--query-steps", "0,20,40,60,80"]
-STAL = {  # the rows of the paper's ablation; images are drawn at random but for the last
-    "supervised": ["--unlabelled", "0", "--contrast", "0", "--image-queries", "random"],
-    "unlabelled": ["--contrast", "0", "--image-queries", "random"],
-    "random": ["--image-queries", "random"],
-    "": [],
-}
 SELF_TRAINING = ("st", "cbst", "cbst-sp")
+VARIANTS = {  # STRATEGY:VARIANT and what it adds; * is every strategy
+    # the rows of STAL's ablation; images are drawn at random but for plain `stal`
+    "stal:supervised": ["--unlabelled", "0", "--contrast", "0", "--image-queries", "random"],
+    "stal:unlabelled": ["--contrast", "0", "--image-queries", "random"],
+    "stal:random": ["--image-queries", "random"],
+    # why something does not reproduce
+    "stal:slow": ["--ema", "0.999"],
+    "stal:drop50": ["--drop", "0.5"],
+    "cbst:rate": ["--lr", "0.0005"],
+    "cbst:no-mirror": ["--no-label-flip"],
+    "cbst:full-size": ["--label-scale", "1"],
+    "cbst:source": ["--source-portion", "1", "--source-portion-max", "1"],
+    "*:teacher": ["--teacher"],
+    "*:slow-teacher": ["--teacher", "--ema", "0.999"],
+    "*:pa": ["--unit", "pixel", "--pixels", "40"],  # single pixels, as many as ripu-pa's
+    "*:twice": ["--steps", "500", "--poly-steps", "500"],
+}
 
 
-def train(folder: Path, options: list[str]) -> dict:
-    """Runs, resumes or only reads one run; its result.json."""
+def train(folder: Path, options: list[str], module: tuple[str, ...] = ("alda.loop",)) -> dict:
+    """Runs, resumes or only reads one run of `module`; its result.json."""
     result = folder / "result.json"
     if not result.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "alda.loop", "--resume", "--out", str(folder), *options]
+        command = [sys.executable, "-m", *module, "--resume", "--out", str(folder), *options]
         with open(folder / "log.txt", "a") as log:
             one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
             subprocess.run(command, stdout=log, stderr=log, check=True, env=one_thread)
@@ -78,22 +89,23 @@ def adapt(args, common: list[str], row: str, seed: int) -> dict:
     if strategy == "stal":
         options += ["--head", "ripu", "--crop", world["crop"], "--ohem-threshold", "1"]
         options += ["--bank", "3000", "--source-images", "0", "--protocol", "ripu"]
-        options += STAL[variant]
     elif strategy in SELF_TRAINING:
         options += ["--lr", "0.002", "--rounds", "4", "--crop", world["crop"]]
         options += ["--test-size", world["sizes"][-1]]
     else:
-        steps = "500" if variant == "twice" else "250"
-        options += ["--steps", steps, "--poly-steps", steps]
-        options += QUERIES if strategy != "full" else []
-    if variant == "pa":  # single pixels, as many as ripu-pa's
-        options += ["--unit", "pixel", "--pixels", "40"]
+        options += ["--poly-steps", "250", *(QUERIES if strategy != "full" else [])]
+    module = ("alda.loop",)
+    if strategy == "cbda":  # both-source: both, towards the source's class distribution
+        variant, _, towards = variant.partition("-")
+        options += ["--cbda", variant]
+        module = ("tests.benchmarks.cbda_target", towards) if towards else module
+    elif variant:
+        name = f"{strategy}:{variant}"
+        options += VARIANTS[name if name in VARIANTS else f"*:{variant}"]
     options += ["--budget", budget] if budget else []
-    options += ["--cbda", variant] if strategy == "cbda" else []
     options += ["--pseudo", pseudo] if pseudo else []
-    options += ["--teacher"] if variant == "teacher" else []
     folder = args.runs / f"{row.replace(':', '-').replace('@', '-')}-{seed}"
-    return train(folder, options + args.extra)
+    return train(folder, options + args.extra, module)
 
 
 def spread(values: list[float]) -> str:
