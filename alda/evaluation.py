@@ -481,42 +481,53 @@ def comparison_text(rows: list[dict]) -> str:
 def comparison_picture(runs: list[str], rows: list[dict], path: Path, over: str = "budget") -> None:
     """mIoU19 over the share of target pixels asked, or `over` the "steps" (what --eval-every scored):
     one line a strategy and recipe, the mean over its seeds, in a band of +- their standard deviation;
-    the runs are dots. Needs matplotlib (InputError)."""
+    the runs are dots. What asks nobody, or has all labels, is a level line. Needs matplotlib
+    (InputError)."""
     drawing = new_figure((6, 4))
     if drawing is None:
         raise InputError("--plot needs matplotlib: pip install matplotlib")
     figure, axes = drawing
+    alike = len({(row["source"], row["network"]) for row in rows}) == 1
     lines: dict[str, dict] = {}  # name: {(place, recipe): [(x, mIoU19) of each seed]}
     for run, row in zip(runs, rows, strict=True):
-        name = f"{row['strategy']}, {row['source']}, {row['network']}"
+        name = row["strategy"] if alike else f"{row['strategy']}, {row['source']}, {row['network']}"
         if over == "steps":
             name += f", budget {row['budget asked for']} ({row['recipe']})"
         for place, x, score in curve_points(Path(run), row, over):
             points = lines.setdefault(name, {}).setdefault((place, row["recipe"]), [])
             points.append((x, 100 * score))
-    for name, places in lines.items():
+    for number, (name, places) in enumerate(lines.items()):
         # means over runs that differ in the seed alone
         groups = sorted([*zip(*points, strict=True)] for points in places.values())
-        xs = [statistics.mean(x) for x, _ in groups]
-        means = [statistics.mean(y) for _, y in groups]
-        spreads = [statistics.stdev(y) if len(y) > 1 else 0.0 for _, y in groups]
-        seeds = max(len(y) for _, y in groups)
-        label = f"{name}, n = {seeds}" if seeds > 1 else name
-        (line,) = axes.plot(xs, means, "o-", label=label)
-        low, high = (
-            [m + sign * d for m, d in zip(means, spreads, strict=True)] for sign in (-1, 1)
-        )
-        axes.fill_between(xs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-        for x, y in groups:
-            axes.plot(x, y, ".", color=line.get_color())
+        level = over == "budget" and groups[0][0][0] in (0, 100)
+        draw_curve(axes, name, groups, level, color=f"C{number}")
     axes.set_xlabel("target pixels asked [%]" if over == "budget" else "steps")
     axes.set_ylabel("mIoU19 [%]" + (" (TOY)" if any(row["toy"] for row in rows) else ""))
-    axes.set_title("; ".join(sorted({row["protocol"] for row in rows})), fontsize=8)
+    about = [f"{rows[0]['source']}, {rows[0]['network']}"] if alike else []
+    axes.set_title("; ".join(about + sorted({row["protocol"] for row in rows})), fontsize=8)
     axes.legend(fontsize=6)
     kind = path.suffix.lstrip(".") or "png"
     if kind not in figure.canvas.get_supported_filetypes():
         raise InputError(f"--plot {path}: give a name that ends in .png, .pdf or .svg")
     write_output(path, lambda file: figure.savefig(file, format=kind, dpi=120))
+
+
+def draw_curve(axes, name: str, groups: list, level: bool, color: str) -> None:
+    """One line of the picture: `groups` are [xs, ys] of the seeds at each place; `level`: over all x."""
+    xs = [statistics.mean(x) for x, _ in groups]
+    means = [statistics.mean(y) for _, y in groups]
+    spreads = [statistics.stdev(y) if len(y) > 1 else 0.0 for _, y in groups]
+    low, high = ([m + sign * d for m, d in zip(means, spreads, strict=True)] for sign in (-1, 1))
+    seeds = max(len(y) for _, y in groups)
+    label = f"{name}, n = {seeds}" if seeds > 1 else name
+    if level:
+        axes.axhline(means[0], linestyle="--", label=label, color=color)
+        axes.axhspan(low[0], high[0], color=color, alpha=0.1, linewidth=0)
+        return
+    axes.plot(xs, means, "o-", label=label, color=color)
+    axes.fill_between(xs, low, high, color=color, alpha=0.2, linewidth=0)
+    for x, y in groups:
+        axes.plot(x, y, ".", color=color)
 
 
 def curve_points(run: Path, row: dict, over: str) -> list[tuple]:
