@@ -340,6 +340,18 @@ def test_a_curve_is_the_mean_over_seeds_in_a_band(tmp_path, monkeypatch):
         )
 
 
+def test_what_asks_nobody_or_knows_all_is_a_level_line(tmp_path, monkeypatch):
+    runs = []
+    for name, share in (("source-only", 0.0), ("full", 1.0), ("ripu", 0.05)):
+        budget = {"asked": 1, "share": share, "images": 3, "trained": 20, "class_entropy": 0.8}
+        runs.append(finished(tmp_path / name, name, budget=budget))
+    seen = []
+    monkeypatch.setattr(E, "new_figure", lambda size: seen.append(new_figure(size)) or seen[-1])
+    assert E.main(["compare", *map(str, runs), "--plot", str(tmp_path / "x.png")]) == 0
+    lines = {line.get_label(): [*line.get_xdata()] for line in seen[-1][1].lines[:3]}
+    assert lines == {"source-only": [0, 1], "full": [0, 1], "ripu": [5.0]}  # level: axes' shares
+
+
 DEVIATION = {"budget": [200**0.5], "steps": [12.5**0.5, 50**0.5, 200**0.5]}
 
 
