@@ -55,6 +55,8 @@ VARIANTS = {  # STRATEGY:VARIANT and what it adds; * is every strategy
     "*:teacher": ["--teacher"],
     "*:slow-teacher": ["--teacher", "--ema", "0.999"],
     "*:pa": ["--unit", "pixel", "--pixels", "40"],  # single pixels, as many as ripu-pa's
+    "*:keep": ["--keep-labels"],
+    "*:low-rate": ["--lr", "0.0025"],
     "*:twice": ["--steps", "500", "--poly-steps", "500"],
 }
 
