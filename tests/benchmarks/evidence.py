@@ -26,6 +26,12 @@ from pathlib import Path
 
 WORLDS = {
     "real": {
+        "sizes": ["--source-size", "240x180", "--target-size", "240x180"],
+        "crop": "240x180",
+        "source": ["--steps", "300", "--batch", "4", "--lr", "0.0025"],
+        "adapt": ["--steps", "250", "--batch", "2", "--lr", "0.01"],
+    },
+    "real-160": {  # a quarter of the labels is left at this size, half at the other
         "sizes": ["--source-size", "160x120", "--target-size", "160x120"],
         "crop": "160x120",
         "source": ["--steps", "300", "--batch", "4", "--lr", "0.0025"],
