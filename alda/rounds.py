@@ -542,7 +542,8 @@ def label_target(
     if is_first():
         record = pseudo_record(kind, portion, thresholds, histogram.predicted, total)
         complete_folder(work, pseudo.path(number), record)
-        report_pseudo(s, target, number, record, time.time() - began)
+        earlier = pseudo.record(number - 1) if number > 1 else {}
+        report_pseudo(s, target, number, record, earlier, time.time() - began)
     barrier()
 
 
@@ -575,8 +576,11 @@ def pseudo_record(kind: str, portion: float, thresholds, predicted, total: dict)
     }
 
 
-def report_pseudo(s: Settings, target, number: int, record: dict, seconds: float) -> None:
-    """Prints how much was pseudo-labelled and how well, and which classes got nothing."""
+def report_pseudo(
+    s: Settings, target, number: int, record: dict, earlier: dict, seconds: float
+) -> None:
+    """Prints how much was pseudo-labelled and how well, and which classes got nothing; a warning where
+    the labels are much worse than those of the `earlier` round."""
     pixels = sum(height * width for height, width in (sample.size for sample in target.samples))
     by_class = []
     for name, c in record["classes"].items():
@@ -593,6 +597,14 @@ def report_pseudo(s: Settings, target, number: int, record: dict, seconds: float
         print(
             f"no pixel of {', '.join(empty)} is surer than its threshold: too few are predicted, or more "
             "than the portion are equally sure (a saturated network: --rules code labels those)",
+            flush=True,
+        )
+    before, now = earlier.get("accuracy"), record["accuracy"]
+    if None not in (before, now) and now < before - 0.1:
+        print(
+            f"warning: the accuracy of the pseudo-labels fell from {percent(before)} to {percent(now)}: "
+            "the network learns its own mistakes; begin with a better one (--init), or end with an "
+            "earlier round (--rounds)",
             flush=True,
         )
 

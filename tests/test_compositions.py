@@ -392,7 +392,9 @@ def test_pseudo_labels_of_a_round_equal_a_slow_version(kind, number, rules, tmp_
     bought[0, :5] = 1
     pseudo = Rounds(tmp_path / "pseudo")
     for n in range(1, number):
-        rounds.complete_folder(rounds.begin_folder(pseudo.path(n), ("labels",)), pseudo.path(n), {})
+        record = {"kind": kind, "classes": {name: {} for name in NAMES}, "labelled": 0}
+        folder = rounds.begin_folder(pseudo.path(n), ("labels",))
+        rounds.complete_folder(folder, pseudo.path(n), record)
     rounds.label_target(
         s, Run(tmp_path, model), target, pseudo, number, kind, prior, lambda i: bought
     )
@@ -1024,6 +1026,16 @@ def test_source_and_target_of_one_size_pass_together():
     a, b = loop.forward_both(model, source, other)
     assert seen[1:] == [(2, 3, 6, 8), (2, 3, 4, 8)] and b.shape[-2:] == (6, 8) and (b == 3).all()
     assert loop.forward_both(model, None, target)[0] is None
+
+
+@pytest.mark.parametrize("before, now, warned", [
+    (0.88, 0.63, True), (0.88, 0.80, False), (0.6, 0.9, False), (None, 0.5, False), (0.9, None, False)
+])  # fmt: skip
+def test_pseudo_labels_that_get_worse_are_warned_of(before, now, warned, capsys):
+    s, target = settings_for({"strategy": "cbst"}), SimpleNamespace(samples=[])
+    record = {"portion": 0.2, "labelled": 1, "classes": {}, "accuracy": now}
+    rounds.report_pseudo(s, target, 2, record, {"accuracy": before}, 1.0)
+    assert ("warning: the accuracy" in capsys.readouterr().out) == warned
 
 
 @pytest.mark.parametrize("norm, sizes, warned", [
