@@ -64,6 +64,8 @@ VARIANTS = {  # STRATEGY:VARIANT and what it adds; * is every strategy
     "*:keep": ["--keep-labels"],
     "*:low-rate": ["--lr", "0.0025"],
     "*:twice": ["--steps", "500", "--poly-steps", "500"],
+    # four times the steps, and as many between rounds
+    "*:long": "--steps 1000 --poly-steps 1000 --query-steps 0,100,200,300,400".split(),
 }
 
 
