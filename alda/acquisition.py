@@ -170,9 +170,10 @@ def factors_at(
     """Why these places were asked: impurity and uncertainty, the factors of RIPU's score (Eqs. 3-5), at
     `centres` (n,2) int64 alone: two (n,) float32 in [0,1].
 
-    From the maps (H,W) of `entropy_and_prediction`. What `region_impurity` and `region_uncertainty`
-    (unit "pixel": the pixel's own entropy) give there, computed in the picks' windows instead of on
-    the whole map. Raises ValueError for a radius below 0.
+    `entropies` (H,W) float32 and `prediction` (H,W) uint8 are of `entropy_and_prediction`. The values
+    are those of `region_impurity` and `region_uncertainty` (unit "pixel": the pixel's own entropy)
+    there, computed in the picks' windows instead of on the whole map. Raises ValueError for a radius
+    below 0.
     """
     check_radius(k)
     height, width = prediction.shape

@@ -16,7 +16,7 @@ Differences from papers and official code:
 
  D17. Labels at the training size: the code's nearest-neighbour resizing is the default, because the
       published numbers were made with it; it keeps about 39 % of the bought pixels at 1280x640.
-      --keep-labels loses none.
+      --keep-labels fills each cell that holds one.
  D18. Source sampling: class-balanced as in RIPU's code, of which the paper is silent (--source-
       sampling uniform). Presence of classes is read from the labels, no published list is needed;
       each sub-epoch shuffles the lists anew.

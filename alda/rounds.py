@@ -223,9 +223,8 @@ class Chosen(NamedTuple):
     """What a round asks; under torchrun complete on the first process alone."""
 
     centres: list[torch.Tensor]  # of every image, (n,2) int64 (row, column), the first picked first
-    # by image: score, impurity, uncertainty and predicted class (n,4), and the panels to draw
-    factors: dict[int, torch.Tensor]
-    shown: dict[int, dict]
+    factors: dict[int, torch.Tensor]  # score, impurity, uncertainty, class (n,4), by image
+    shown: dict[int, dict]  # by image: the panels to draw
     notes: dict  # what round.json says beside the ledger
 
 
@@ -384,7 +383,9 @@ def asked_before(target, rounds: Rounds, number: int, index: int) -> torch.Tenso
     return rounds.asked(sample.id, sample.size, number - 1)
 
 
-def tie_breaks(s: Settings, entropies, number: int, index: int) -> torch.Tensor | None:
+def tie_breaks(
+    s: Settings, entropies: torch.Tensor, number: int, index: int
+) -> torch.Tensor | None:
     """What ranks equal scores of an image: the uncertainty of what a pick labels, from the pixels'
     `entropies` (H,W), then a draw by seed, round and image; (2,H,W) float32. None with --rules code:
     the official order, from the left.
@@ -602,7 +603,7 @@ def report_pseudo(
     before, now = earlier.get("accuracy"), record["accuracy"]
     if None not in (before, now) and now < before - 0.1:
         print(
-            f"warning: the accuracy of the pseudo-labels fell from {percent(before)} to {percent(now)}: "
+            f"warning: the accuracy of the pseudo-labels fell from {percent(before)} to {percent(now)} %: "
             "the network learns its own mistakes; begin with a better one (--init), or end with an "
             "earlier round (--rounds)",
             flush=True,

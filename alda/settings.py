@@ -240,7 +240,7 @@ class Settings:
     keep_labels: bool = option(
         False,
         "queries",
-        "resize labels so that no bought one is lost (default: nearest neighbour)",
+        "resize labels so that each cell that holds a bought one has one (default: nearest neighbour)",
         read_by=TARGET_LABELS,
     )
 

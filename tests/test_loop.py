@@ -443,9 +443,7 @@ def test_the_seed_decides_and_the_workers_do_not(tiny_world, tmp_path):
     a, b, c = (state_of(tmp_path / name)["model"] for name in "abc")
     assert_same_bits(a, b)
     files = [round_files(tmp_path / name) for name in "ab"]
-    assert (
-        files[0] == files[1] and files[0]
-    )  # threads write a round in any order, it reads the same
+    assert files[0] == files[1] and files[0]  # written by threads in any order
     assert not torch.equal(a["backbone.conv1.weight"], c["backbone.conv1.weight"])
 
 

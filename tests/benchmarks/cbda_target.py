@@ -31,10 +31,8 @@ def source_shares(s: Settings) -> torch.Tensor:
 @torch.inference_mode()
 def predicted_shares(s: Settings) -> torch.Tensor:
     """The square root of how many target pixels the network of --init predicts as each class, (C,)."""
-    model, target = (
-        load_run(s.init, "cpu"),
-        open_dataset(s.tgt, s.root, "train", reads_labels=False),
-    )
+    model = load_run(s.init, "cpu")
+    target = open_dataset(s.tgt, s.root, "train", reads_labels=False)
     counts = torch.ones(NUM_CLASSES, dtype=torch.int64)
     for index in range(len(target)):
         logits = network_logits(model, target.image(index)[None], s.target_hw, "cpu")

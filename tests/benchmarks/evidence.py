@@ -4,14 +4,15 @@
     python -m tests.benchmarks.evidence --world toy --init mobilenet_v2_imagenet.pth --rows full full:twice --seeds 0 1 2
     python -m tests.benchmarks.evidence ... --only-table     # what is finished, nothing is run
 
-A row is STRATEGY[:VARIANT][+PSEUDO][@BUDGET]: `ripu@0.022`, `cbda:balance@0.05`, `ripu+cbst@0.022`,
-`ripu:teacher@0.005`, `stal:random@0.05`, `cbst`, `full`, `full:twice` (twice the steps), `ripu-pa`
-and `random:pa` (40 single pixels an image), `cbda:both-source@0.005` (VARIANTS and cbda_target.py).
-Every row starts from its seed's source-trained MobileNetV2 (`source-only`, trained once, kept in
-RUNS) and has the same steps, rates and images: one recipe, WORLDS below, chosen on `source-only`
-and `full` alone (CBST and its kin: a fifth of the rate, as in the miniature world's defaults). A
-run that is finished is not run again, one that was stopped goes on. Differences are paired by seed:
-a row minus the row of `--against` with the same budget, mean +- standard error over the seeds.
+A row is STRATEGY[:VARIANT...][+PSEUDO][@BUDGET]: `ripu@0.022`, `cbda:balance@0.05`,
+`ripu+cbst@0.022`, `ripu:teacher@0.005`, `stal:random@0.05`, `cbst`, `full`, `full:twice` (twice the
+steps), `ripu-pa` and `random:pa` (40 single pixels an image), `cbda:both:source:long@0.005`
+(VARIANTS and cbda_target.py). Every row starts from its seed's source-trained MobileNetV2
+(`source-only`, trained once, kept in RUNS) and has the same steps, rates and images: one recipe,
+WORLDS below, chosen on `source-only` and `full` alone (CBST and its kin: a fifth of the rate, as in
+the miniature world's defaults). A run that is finished is not run again, one that was stopped goes
+on. Differences are paired by seed: a row minus the row of `--against` with the same budget and
+variant, mean +- standard error over the seeds.
 """
 
 import argparse
@@ -24,25 +25,20 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+
+def recipe(size: str, rate: str, *more: str) -> dict[str, list[str]]:
+    """Options of all rows, of the source-trained start, and of what follows it."""
+    return {
+        "sizes": [*more, "--source-size", size, "--target-size", size],
+        "source": ["--steps", "300", "--batch", "4", "--lr", "0.0025"],
+        "adapt": ["--steps", "250", "--batch", "2", "--lr", rate],
+    }
+
+
 WORLDS = {
-    "real": {
-        "sizes": ["--source-size", "240x180", "--target-size", "240x180"],
-        "crop": "240x180",
-        "source": ["--steps", "300", "--batch", "4", "--lr", "0.0025"],
-        "adapt": ["--steps", "250", "--batch", "2", "--lr", "0.01"],
-    },
-    "real-160": {  # a quarter of the labels is left at this size, half at the other
-        "sizes": ["--source-size", "160x120", "--target-size", "160x120"],
-        "crop": "160x120",
-        "source": ["--steps", "300", "--batch", "4", "--lr", "0.0025"],
-        "adapt": ["--steps", "250", "--batch", "2", "--lr", "0.01"],
-    },
-    "toy": {
-        "sizes": ["--root", "toy", "--source-size", "128x64", "--target-size", "128x64"],
-        "crop": "128x64",
-        "source": ["--steps", "300", "--batch", "4", "--lr", "0.0025"],
-        "adapt": ["--steps", "250", "--batch", "2", "--lr", "0.0025"],
-    },
+    "real": recipe("240x180", "0.01"),  # half of the labels is left at this size
+    "real-160": recipe("160x120", "0.01"),  # a quarter
+    "toy": recipe("128x64", "0.0025", "--root", "toy"),
 }
 QUERIES = ["--query-steps", "0,20,40,60,80"]
 SELF_TRAINING = ("st", "cbst", "cbst-sp")
@@ -52,20 +48,19 @@ VARIANTS = {  # STRATEGY:VARIANT and what it adds; * is every strategy
     "stal:unlabelled": ["--contrast", "0", "--image-queries", "random"],
     "stal:random": ["--image-queries", "random"],
     # why something does not reproduce
-    "stal:slow": ["--ema", "0.999"],
     "stal:drop50": ["--drop", "0.5"],
     "cbst:rate": ["--lr", "0.0005"],
     "cbst:no-mirror": ["--no-label-flip"],
     "cbst:full-size": ["--label-scale", "1"],
     "cbst:source": ["--source-portion", "1", "--source-portion-max", "1"],
     "*:teacher": ["--teacher"],
-    "*:slow-teacher": ["--teacher", "--ema", "0.999"],
+    "*:slow": ["--ema", "0.999"],
     "*:pa": ["--unit", "pixel", "--pixels", "40"],  # single pixels, as many as ripu-pa's
     "*:keep": ["--keep-labels"],
     "*:low-rate": ["--lr", "0.0025"],
     "*:twice": ["--steps", "500", "--poly-steps", "500"],
     # four times the steps, and as many between rounds
-    "*:long": "--steps 1000 --poly-steps 1000 --query-steps 0,100,200,300,400".split(),
+    "*:long": ["--steps", "1000", "--poly-steps", "1000", "--query-steps", "0,100,200,300,400"],
 }
 
 
@@ -81,41 +76,45 @@ def train(folder: Path, options: list[str], module: tuple[str, ...] = ("alda.loo
     return json.loads(result.read_text())
 
 
-def split(row: str) -> tuple[str, str, str, str]:
-    """ "cbda:balance+cbst@0.05" -> ("cbda", "balance", "cbst", "0.05")."""
+def split(row: str) -> tuple[str, list[str], str, str]:
+    """ "cbda:both:long+cbst@0.05" -> ("cbda", ["both", "long"], "cbst", "0.05")."""
     text, _, budget = row.partition("@")
     text, _, pseudo = text.partition("+")
-    strategy, _, variant = text.partition(":")
-    return strategy, variant, pseudo, budget
+    strategy, *variants = text.split(":")
+    return strategy, variants, pseudo, budget
+
+
+def folder_of(args, row: str, seed: int) -> Path:
+    return args.runs / f"{row.replace(':', '-').replace('@', '-')}-{seed}"
 
 
 def adapt(args, common: list[str], row: str, seed: int) -> dict:
     """One row from the seed's source-trained network."""
-    strategy, variant, pseudo, budget = split(row)
+    strategy, variants, pseudo, budget = split(row)
     world = WORLDS[args.world]
-    start = args.runs / f"source-only-{seed}/checkpoints/last.pt"
+    size = world["sizes"][-1]
+    start = folder_of(args, "source-only", seed) / "checkpoints/last.pt"
     options = [*common, "--strategy", strategy, "--init", str(start), "--seed", str(seed)]
     options += [*world["adapt"]]
     if strategy == "stal":
-        options += ["--head", "ripu", "--crop", world["crop"], "--ohem-threshold", "1"]
+        options += ["--head", "ripu", "--crop", size, "--ohem-threshold", "1"]
         options += ["--bank", "3000", "--source-images", "0", "--protocol", "ripu"]
     elif strategy in SELF_TRAINING:
-        options += ["--lr", "0.002", "--rounds", "4", "--crop", world["crop"]]
-        options += ["--test-size", world["sizes"][-1]]
+        options += ["--lr", "0.002", "--rounds", "4", "--crop", size, "--test-size", size]
     else:
         options += ["--poly-steps", "250", *(QUERIES if strategy != "full" else [])]
     module = ("alda.loop",)
-    if strategy == "cbda":  # both-source: both, towards the source's class distribution
-        variant, _, towards = variant.partition("-")
-        options += ["--cbda", variant]
-        module = ("tests.benchmarks.cbda_target", towards) if towards else module
-    elif variant:
-        name = f"{strategy}:{variant}"
-        options += VARIANTS[name if name in VARIANTS else f"*:{variant}"]
+    for variant in variants:
+        if strategy == "cbda" and variant in ("dynamic", "balance", "both"):
+            options += ["--cbda", variant]
+        elif strategy == "cbda" and variant in ("source", "prediction"):  # towards those classes
+            module = ("tests.benchmarks.cbda_target", variant)
+        else:
+            name = f"{strategy}:{variant}"
+            options += VARIANTS[name if name in VARIANTS else f"*:{variant}"]
     options += ["--budget", budget] if budget else []
     options += ["--pseudo", pseudo] if pseudo else []
-    folder = args.runs / f"{row.replace(':', '-').replace('@', '-')}-{seed}"
-    return train(folder, options + args.extra, module)
+    return train(folder_of(args, row, seed), options + args.extra, module)
 
 
 def spread(values: list[float]) -> str:
@@ -135,12 +134,14 @@ def paired(mine: dict, other: dict) -> str:
     return f"{statistics.mean(gaps):+.1f} ± {error:.1f} ({each})"
 
 
-def compared_with(row: str, against: str) -> str:
-    """The row that `row` is measured against: the same budget, or the same pixels an image."""
-    strategy, _, _, budget = split(row)
-    if strategy == "ripu-pa":
-        return f"{against}:pa"
-    return f"{against}@{budget}" if budget else against
+def compared_with(row: str, against: str, rows) -> str:
+    """The one of `rows` that `row` is measured against: of the same budget, or pixels an image, and of
+    the same variant (twice the steps, say) where there is one."""
+    strategy, variants, _, budget = split(row)
+    variants = ["pa"] if strategy == "ripu-pa" else variants
+    budget = f"@{budget}" if budget else ""
+    alike = ":".join([against, *variants]) + budget
+    return alike if alike in rows else against + budget
 
 
 def print_table(results: dict[str, dict[int, dict]], against: str) -> None:
@@ -155,7 +156,7 @@ def print_table(results: dict[str, dict[int, dict]], against: str) -> None:
             continue
         asked = statistics.mean(r["budget"]["asked"] for r in runs.values())
         minutes = statistics.mean(r["wall_s"] for r in runs.values()) / 60
-        other = scores.get(compared_with(row, against), {})
+        other = scores.get(compared_with(row, against, scores), {})
         gap = "" if row.startswith(against) else paired(scores[row], other)
         print(
             f"| {row} | {len(runs)} | {spread([*scores[row].values()])} | {asked:,.0f} | "
@@ -201,13 +202,12 @@ def main() -> None:
     def run(job):
         row, seed = job
         if args.only_table:
-            name = row.replace(":", "-").replace("@", "-")
-            path = args.runs / f"{name}-{seed}/result.json"
+            path = folder_of(args, row, seed) / "result.json"
             return json.loads(path.read_text()) if path.is_file() else None
         if row != "source-only":
             return adapt(args, common, row, seed)
         options = ["--strategy", row, "--init", args.init, "--seed", str(seed), *world["source"]]
-        return train(args.runs / f"source-only-{seed}", common + options)
+        return train(folder_of(args, row, seed), common + options)
 
     for part in (jobs[: len(args.seeds)], jobs[len(args.seeds) :]):  # every row needs its start
         with ThreadPoolExecutor(args.jobs) as pool:
