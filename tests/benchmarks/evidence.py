@@ -24,23 +24,31 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 
-def recipe(size: str, rate: str, *more: str) -> dict[str, list[str]]:
-    """Options of all rows, of the source-trained start, and of what follows it."""
-    return {
-        "sizes": [*more, "--source-size", size, "--target-size", size],
-        "source": ["--steps", "300", "--batch", "4", "--lr", "0.0025"],
-        "adapt": ["--steps", "250", "--batch", "2", "--lr", rate],
-    }
+class World(NamedTuple):
+    """The recipe of all rows: image size; (steps, rate) of the source-trained start, 4 images a step,
+    and of what follows it, 2 + 2 images."""
+
+    size: str
+    start: tuple[int, float]
+    adapt: tuple[int, float]
 
 
 WORLDS = {
-    "real": recipe("240x180", "0.01"),  # half of the labels is left at this size
-    "real-160": recipe("160x120", "0.01"),  # a quarter
-    "toy": recipe("128x64", "0.0025", "--root", "toy"),
+    "real": World("240x180", (300, 0.0025), (250, 0.01)),  # half of the labels is left at this size
+    "real-160": World("160x120", (300, 0.0025), (250, 0.01)),  # a quarter
+    "toy": World("128x64", (600, 0.01), (500, 0.02)),
 }
-QUERIES = ["--query-steps", "0,20,40,60,80"]
+# when labels are asked for, as shares of the steps
+QUERIES = {
+    "": (0, 0.08, 0.16, 0.24, 0.32),
+    "long": (0, 0.1, 0.2, 0.3, 0.4),
+    "late": (0.25, 0.3, 0.35, 0.4, 0.45),  # RIPU's published schedule
+}
+LENGTHS = {"twice": 2, "long": 4}  # times the steps
+RATES = {"cbst:rate": 0.25, "*:low-rate": 0.25}  # times the rate
 SELF_TRAINING = ("st", "cbst", "cbst-sp")
 VARIANTS = {  # STRATEGY:VARIANT and what it adds; * is every strategy
     # the rows of STAL's ablation; images are drawn at random but for plain `stal`
@@ -49,7 +57,6 @@ VARIANTS = {  # STRATEGY:VARIANT and what it adds; * is every strategy
     "stal:random": ["--image-queries", "random"],
     # why something does not reproduce
     "stal:drop50": ["--drop", "0.5"],
-    "cbst:rate": ["--lr", "0.0005"],
     "cbst:no-mirror": ["--no-label-flip"],
     "cbst:full-size": ["--label-scale", "1"],
     "cbst:source": ["--source-portion", "1", "--source-portion-max", "1"],
@@ -57,10 +64,6 @@ VARIANTS = {  # STRATEGY:VARIANT and what it adds; * is every strategy
     "*:slow": ["--ema", "0.999"],
     "*:pa": ["--unit", "pixel", "--pixels", "40"],  # single pixels, as many as ripu-pa's
     "*:keep": ["--keep-labels"],
-    "*:low-rate": ["--lr", "0.0025"],
-    "*:twice": ["--steps", "500", "--poly-steps", "500"],
-    # four times the steps, and as many between rounds
-    "*:long": ["--steps", "1000", "--poly-steps", "1000", "--query-steps", "0,100,200,300,400"],
 }
 
 
@@ -92,26 +95,32 @@ def adapt(args, common: list[str], row: str, seed: int) -> dict:
     """One row from the seed's source-trained network."""
     strategy, variants, pseudo, budget = split(row)
     world = WORLDS[args.world]
-    size = world["sizes"][-1]
+    steps, rate = world.adapt
     start = folder_of(args, "source-only", seed) / "checkpoints/last.pt"
     options = [*common, "--strategy", strategy, "--init", str(start), "--seed", str(seed)]
-    options += [*world["adapt"]]
     if strategy == "stal":
-        options += ["--head", "ripu", "--crop", size, "--ohem-threshold", "1"]
+        options += ["--head", "ripu", "--crop", world.size, "--ohem-threshold", "1"]
         options += ["--bank", "3000", "--source-images", "0", "--protocol", "ripu"]
     elif strategy in SELF_TRAINING:
-        options += ["--lr", "0.002", "--rounds", "4", "--crop", size, "--test-size", size]
-    else:
-        options += ["--poly-steps", "250", *(QUERIES if strategy != "full" else [])]
-    module = ("alda.loop",)
+        options += ["--rounds", "4", "--crop", world.size, "--test-size", world.size]
+        rate /= 5
+    module, schedule = ("alda.loop",), QUERIES[""]
     for variant in variants:
+        name = f"{strategy}:{variant}"
+        steps *= LENGTHS.get(variant, 1)
+        rate *= RATES.get(name, RATES.get(f"*:{variant}", 1))
+        schedule = QUERIES.get(variant, schedule)
         if strategy == "cbda" and variant in ("dynamic", "balance", "both"):
             options += ["--cbda", variant]
         elif strategy == "cbda" and variant in ("source", "prediction"):  # towards those classes
             module = ("tests.benchmarks.cbda_target", variant)
-        else:
-            name = f"{strategy}:{variant}"
+        elif variant not in {*LENGTHS, *QUERIES} and not {name, f"*:{variant}"} & {*RATES}:
             options += VARIANTS[name if name in VARIANTS else f"*:{variant}"]
+    options += ["--steps", str(steps), "--batch", "2", "--lr", f"{rate:g}"]
+    if strategy not in (*SELF_TRAINING, "stal"):
+        options += ["--poly-steps", str(steps)]
+        if strategy != "full":
+            options += ["--query-steps", ",".join(str(round(x * steps)) for x in schedule)]
     options += ["--budget", budget] if budget else []
     options += ["--pseudo", pseudo] if pseudo else []
     return train(folder_of(args, row, seed), options + args.extra, module)
@@ -178,7 +187,7 @@ def print_classes(results: dict[str, dict[int, dict]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--world", choices=WORLDS, required=True)
-    parser.add_argument("--root", default="", help="data folder, where the world is real")
+    parser.add_argument("--root", default="", help="data folder [toy]")
     parser.add_argument("--init", required=True, help="ImageNet weights of MobileNetV2")
     parser.add_argument("--rows", nargs="*", default=[])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -192,7 +201,8 @@ def main() -> None:
     args = parser.parse_args()
     args.runs = args.runs or Path(f"runs/evidence-{args.world}")
     world = WORLDS[args.world]
-    common = [*world["sizes"], *(["--root", args.root] if args.root else [])]
+    common = ["--source-size", world.size, "--target-size", world.size]
+    common += ["--root", args.root or "toy"]
     common += ["--net", "deeplabv3plus", "--backbone", "mobilenet_v2", "--threads", "1"]
     common += ["--pictures", "0", "--workers", "0"]
     jobs = [("source-only", seed) for seed in args.seeds]
@@ -206,7 +216,8 @@ def main() -> None:
             return json.loads(path.read_text()) if path.is_file() else None
         if row != "source-only":
             return adapt(args, common, row, seed)
-        options = ["--strategy", row, "--init", args.init, "--seed", str(seed), *world["source"]]
+        options = ["--strategy", row, "--init", args.init, "--seed", str(seed), "--batch", "4"]
+        options += ["--steps", str(world.start[0]), "--lr", str(world.start[1])]
         return train(folder_of(args, row, seed), common + options)
 
     for part in (jobs[: len(args.seeds)], jobs[len(args.seeds) :]):  # every row needs its start
