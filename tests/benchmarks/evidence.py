@@ -39,7 +39,7 @@ class World(NamedTuple):
 WORLDS = {
     "real": World("240x180", (300, 0.0025), (250, 0.01)),  # half of the labels is left at this size
     "real-160": World("160x120", (300, 0.0025), (250, 0.01)),  # a quarter
-    "toy": World("128x64", (600, 0.01), (500, 0.02)),
+    "toy": World("128x64", (600, 0.01), (1000, 0.005)),
 }
 # when labels are asked for, as shares of the steps
 QUERIES = {
@@ -47,8 +47,8 @@ QUERIES = {
     "long": (0, 0.1, 0.2, 0.3, 0.4),
     "late": (0.25, 0.3, 0.35, 0.4, 0.45),  # RIPU's published schedule
 }
-LENGTHS = {"twice": 2, "long": 4}  # times the steps
-RATES = {"cbst:rate": 0.25, "*:low-rate": 0.25}  # times the rate
+LENGTHS = {"half": 0.5, "twice": 2, "long": 4}  # times the steps
+RATES = {"cbst:rate": 0.25, "*:low-rate": 0.25, "*:high-rate": 4}  # times the rate
 SELF_TRAINING = ("st", "cbst", "cbst-sp")
 VARIANTS = {  # STRATEGY:VARIANT and what it adds; * is every strategy
     # the rows of STAL's ablation; images are drawn at random but for plain `stal`
@@ -107,7 +107,7 @@ def adapt(args, common: list[str], row: str, seed: int) -> dict:
     module, schedule = ("alda.loop",), QUERIES[""]
     for variant in variants:
         name = f"{strategy}:{variant}"
-        steps *= LENGTHS.get(variant, 1)
+        steps = round(steps * LENGTHS.get(variant, 1))
         rate *= RATES.get(name, RATES.get(f"*:{variant}", 1))
         schedule = QUERIES.get(variant, schedule)
         if strategy == "cbda" and variant in ("dynamic", "balance", "both"):
