@@ -416,7 +416,8 @@ def comparison_row(run: str, result: dict, s: dict) -> dict:
 def recipe(s: dict) -> str:
     """Eight letters that two runs share exactly when their settings are equal in everything but the
     seed and what changes no result; a start of --init FILE counts without the seed in its path."""
-    kept = {name: value for name, value in s.items() if name not in (*MAY_CHANGE, "seed")}
+    without = (*MAY_CHANGE, "seed", "eval_every", "checkpoint_every")
+    kept = {name: value for name, value in s.items() if name not in without}
     if "init" in kept:
         seed = rf"(?<!\d)(?<!gta){s['seed']}(?!\d)"  # as a number of its own: not in gta5
         kept["init"] = re.sub(seed, "SEED", str(kept["init"]))
@@ -502,6 +503,7 @@ def comparison_picture(runs: list[str], rows: list[dict], path: Path, over: str 
         level = over == "budget" and groups[0][0][0] in (0, 100)
         draw_curve(axes, name, groups, level, color=f"C{number}")
     axes.set_xlabel("target pixels asked [%]" if over == "budget" else "steps")
+    axes.set_xlim(left=0)
     axes.set_ylabel("mIoU19 [%]" + (" (TOY)" if any(row["toy"] for row in rows) else ""))
     about = [f"{rows[0]['source']}, {rows[0]['network']}"] if alike else []
     axes.set_title("; ".join(about + sorted({row["protocol"] for row in rows})), fontsize=8)

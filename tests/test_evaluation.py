@@ -438,6 +438,12 @@ def test_a_start_counts_without_the_seed_as_a_number(first, second, alike):
     assert (len(found) == 1) == alike
 
 
+def test_how_often_a_run_is_scored_and_saved_is_no_part_of_its_recipe():
+    plain = {"seed": 0, "eval_every": 0, "checkpoint_every": 500, "lr": 0.1}
+    often = {"seed": 1, "eval_every": 50, "checkpoint_every": 10, "lr": 0.1}
+    assert E.recipe(plain) == E.recipe(often) != E.recipe(plain | {"lr": 0.2})
+
+
 def test_means_are_over_runs_that_differ_in_the_seed_alone(tmp_path):
     runs = [
         finished(tmp_path / name, miou=m) for name, m in (("a0", 0.4), ("a1", 0.6), ("other", 0.9))
