@@ -419,7 +419,8 @@ def recipe(s: dict) -> str:
     without = (*MAY_CHANGE, "seed", "eval_every", "checkpoint_every")
     kept = {name: value for name, value in s.items() if name not in without}
     if "init" in kept:
-        seed = rf"(?<!\d)(?<!gta){s['seed']}(?!\d)"  # as a number of its own: not in gta5
+        # as a number of its own: not in gta5, not in mobilenet_v2
+        seed = rf"(?<!\d)(?<!gta)(?<!_v){s['seed']}(?!\d)"
         kept["init"] = re.sub(seed, "SEED", str(kept["init"]))
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -428,6 +428,7 @@ def test_a_table_goes_into_a_pipe_or_through_a_link(tmp_path):
             True,
         ),
         ((2, "seed2/step12.pt"), (3, "seed3/step12.pt"), True),  # 12 is no 2
+        ((1, "mobilenet_v2.pth"), (2, "mobilenet_v2.pth"), True),  # a name that is all seeds'
         ((1, "runs/112.pt"), (3, "runs/332.pt"), False),  # two starts, whatever the seeds
         ((1, "step10.pt"), (3, "step30.pt"), False),
         ((0, "start-7.pt"), (1, "start-8.pt"), False),
