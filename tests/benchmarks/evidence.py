@@ -163,12 +163,13 @@ def print_table(results: dict[str, dict[int, dict]], against: str) -> None:
     for row, runs in results.items():
         if not runs:
             continue
-        asked = statistics.mean(r["budget"]["asked"] for r in runs.values())
+        asked = f"{statistics.mean(r['budget']['asked'] for r in runs.values()):,.0f}"
+        asked = "all" if row.startswith("full") else asked
         minutes = statistics.mean(r["wall_s"] for r in runs.values()) / 60
         other = scores.get(compared_with(row, against, scores), {})
         gap = "" if row.startswith(against) else paired(scores[row], other)
         print(
-            f"| {row} | {len(runs)} | {spread([*scores[row].values()])} | {asked:,.0f} | "
+            f"| {row} | {len(runs)} | {spread([*scores[row].values()])} | {asked} | "
             f"{gap} | {minutes:.1f} |"
         )
 
