@@ -9,10 +9,10 @@ A row is STRATEGY[:VARIANT...][+PSEUDO][@BUDGET]: `ripu@0.022`, `cbda:balance@0.
 steps), `ripu-pa` and `random:pa` (40 single pixels an image), `cbda:both:source:long@0.005`
 (VARIANTS and cbda_target.py). Every row starts from its seed's source-trained MobileNetV2
 (`source-only`, trained once, kept in RUNS) and has the same steps, rates and images: one recipe,
-WORLDS below, chosen on `source-only` and `full` alone (CBST and its kin: a fifth of the rate, as in
-the miniature world's defaults). A run that is finished is not run again, one that was stopped goes
-on. Differences are paired by seed: a row minus the row of `--against` with the same budget and
-variant, mean +- standard error over the seeds.
+WORLDS below, chosen on `source-only` and `full`, the miniature world's rate on `random` (CBST and
+its kin: a fifth of the rate, as in the miniature world's defaults). A run that is finished is not
+run again, one that was stopped goes on. Differences are paired by seed: a row minus the row of
+`--against` with the same budget and variant, mean +- standard error over the seeds.
 """
 
 import argparse
@@ -106,16 +106,18 @@ def adapt(args, common: list[str], row: str, seed: int) -> dict:
         rate /= 5
     module, schedule = ("alda.loop",), QUERIES[""]
     for variant in variants:
-        name = f"{strategy}:{variant}"
-        steps = round(steps * LENGTHS.get(variant, 1))
-        rate *= RATES.get(name, RATES.get(f"*:{variant}", 1))
-        schedule = QUERIES.get(variant, schedule)
-        if strategy == "cbda" and variant in ("dynamic", "balance", "both"):
+        name, for_all = f"{strategy}:{variant}", f"*:{variant}"
+        if name in RATES or for_all in RATES:
+            rate *= RATES.get(name) or RATES[for_all]
+        elif variant in LENGTHS or variant in QUERIES:
+            steps = round(steps * LENGTHS.get(variant, 1))
+            schedule = QUERIES.get(variant, schedule)
+        elif strategy == "cbda" and variant in ("dynamic", "balance", "both"):
             options += ["--cbda", variant]
         elif strategy == "cbda" and variant in ("source", "prediction"):  # towards those classes
             module = ("tests.benchmarks.cbda_target", variant)
-        elif variant not in {*LENGTHS, *QUERIES} and not {name, f"*:{variant}"} & {*RATES}:
-            options += VARIANTS[name if name in VARIANTS else f"*:{variant}"]
+        else:
+            options += VARIANTS[name if name in VARIANTS else for_all]
     options += ["--steps", str(steps), "--batch", "2", "--lr", f"{rate:g}"]
     if strategy not in (*SELF_TRAINING, "stal"):
         options += ["--poly-steps", str(steps)]
