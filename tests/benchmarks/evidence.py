@@ -3,6 +3,7 @@
     python -m tests.benchmarks.evidence --world real --root DATA --init mobilenet_v2_imagenet.pth --rows random@0.005 ripu@0.005
     python -m tests.benchmarks.evidence --world toy --init mobilenet_v2_imagenet.pth --rows full full:twice --seeds 0 1 2
     python -m tests.benchmarks.evidence ... --only-table     # what is finished, nothing is run
+    python -m tests.benchmarks.evidence ... --only-table --record tests/benchmarks/evidence-toy.jsonl   # tables of RESULTS.md
 
 A row is STRATEGY[:VARIANT...][+PSEUDO][@BUDGET]: `ripu@0.022`, `cbda:balance@0.05`,
 `ripu+cbst@0.022`, `ripu:teacher@0.005`, `stal:random@0.05`, `cbst`, `full`, `full:twice` (twice the
@@ -11,8 +12,9 @@ steps), `ripu-pa` and `random:pa` (40 single pixels an image), `cbda:both:source
 (`source-only`, trained once, kept in RUNS) and has the same steps, rates and images: one recipe,
 WORLDS below, chosen on `source-only` and `full`, the miniature world's rate on `random` (CBST and
 its kin: a fifth of the rate, as in the miniature world's defaults). A run that is finished is not
-run again, one that was stopped goes on. Differences are paired by seed: a row minus the row of
-`--against` with the same budget and variant, mean +- standard error over the seeds.
+run again, one that was stopped goes on; with --record FILE a run that stands in FILE is not run
+again either, and what is finished is added to it. Differences are paired by seed: a row minus the
+row of `--against` with the same budget and variant, mean +- standard error over the seeds.
 """
 
 import argparse
@@ -61,6 +63,8 @@ VARIANTS = {  # STRATEGY:VARIANT and what it adds; * is every strategy
     "cbst:full-size": ["--label-scale", "1"],
     "cbst:source": ["--source-portion", "1", "--source-portion-max", "1"],
     "*:teacher": ["--teacher"],
+    "*:light": ["--unlabelled", "0.1"],
+    "*:sure": ["--drop", "0.8"],
     "*:slow": ["--ema", "0.999"],
     "*:pa": ["--unit", "pixel", "--pixels", "40"],  # single pixels, as many as ripu-pa's
     "*:keep": ["--keep-labels"],
@@ -126,6 +130,34 @@ def adapt(args, common: list[str], row: str, seed: int) -> dict:
     options += ["--budget", budget] if budget else []
     options += ["--pseudo", pseudo] if pseudo else []
     return train(folder_of(args, row, seed), options + args.extra, module)
+
+
+def read_record(path: Path | None) -> dict[tuple[str, int], dict]:
+    """The runs of a record, a line of JSON each, by (row, seed)."""
+    if path is None or not path.is_file():
+        return {}
+    runs = [json.loads(line) for line in path.read_text().splitlines()]
+    return {(run["row"], run["seed"]): run for run in runs}
+
+
+def add_to_record(path: Path, results: dict[str, dict[int, dict]]) -> None:
+    """Adds the runs of `results` that are not in the record: the scores, not the run."""
+    record = read_record(path)
+    for row, runs in results.items():
+        for seed, result in runs.items():
+            scores = {
+                "mIoU19": round(result["mIoU19"], 5),
+                "IoU": {k: v if v is None else round(v, 4) for k, v in result["IoU"].items()},
+                "budget": {"asked": result["budget"]["asked"]},
+                "wall_s": round(result["wall_s"]),
+            }
+            if "student" in result:
+                scores["student"] = {"mIoU19": round(result["student"]["mIoU19"], 5)}
+            accuracies = [r["accuracy"] for r in result.get("pseudo_rounds", [])]
+            if accuracies:  # of CBST's labels, round by round
+                scores["accuracy"] = accuracies
+            record.setdefault((row, seed), {"row": row, "seed": seed, **scores})
+    path.write_text("".join(json.dumps(record[key]) + "\n" for key in sorted(record)))
 
 
 def spread(values: list[float]) -> str:
@@ -198,6 +230,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=None, help="[runs/evidence-WORLD]")
     parser.add_argument("--only-table", action="store_true")
+    parser.add_argument("--record", type=Path, default=None, help="file of finished runs")
     parser.add_argument(
         "--extra", nargs=argparse.REMAINDER, default=[], help="more options, of all rows"
     )
@@ -212,8 +245,12 @@ def main() -> None:
     jobs += [(row, seed) for row in args.rows for seed in args.seeds]
     results: dict[str, dict[int, dict]] = {row: {} for row, _ in jobs}
 
+    recorded = read_record(args.record)
+
     def run(job):
         row, seed = job
+        if job in recorded and (args.only_table or row != "source-only"):
+            return recorded[job]
         if args.only_table:
             path = folder_of(args, row, seed) / "result.json"
             return json.loads(path.read_text()) if path.is_file() else None
@@ -228,6 +265,8 @@ def main() -> None:
             for (row, seed), result in zip(part, pool.map(run, part), strict=True):
                 if result is not None:
                     results[row][seed] = result
+    if args.record:
+        add_to_record(args.record, results)
     print_table(results, args.against)
     print_classes(results)
 
