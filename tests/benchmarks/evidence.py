@@ -159,9 +159,8 @@ def add_to_record(path: Path, results: dict[str, dict[int, dict]]) -> None:
             }
             if "student" in result:
                 scores["student"] = {"mIoU19": round(result["student"]["mIoU19"], 5)}
-            accuracies = [r["accuracy"] for r in result.get("pseudo_rounds", [])]
-            if accuracies:  # of CBST's labels, round by round
-                scores["accuracy"] = accuracies
+            if "pseudo_rounds" in result:  # the accuracy of CBST's labels, round by round
+                scores["accuracy"] = [round(r["accuracy"], 4) for r in result["pseudo_rounds"]]
             record.setdefault((row, seed), {"row": row, "seed": seed, **scores})
     path.write_text("".join(json.dumps(record[key]) + "\n" for key in sorted(record)))
 
