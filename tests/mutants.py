@@ -1081,6 +1081,12 @@ deeplab | deeplab | STAL's head reads context before detail
 deeplab | deeplab | layer4 is dilated by 2
 -before=4 if caffe else 2, after=4, grid
 +before=4 if caffe else 2, after=2, grid
+deeplab | deeplab | the fast gradient reads the weights unturned
+-weight.to(grad.dtype).flip(2, 3)
++weight.to(grad.dtype)
+deeplab | deeplab | the fast gradient of the weights is turned
+-to_weight[:, 0, i, j] =
++to_weight[:, 0, 2 - i, j] =
 deeplab | deeplab | dropout of 0.5
 -DROPOUT = 0.1
 +DROPOUT = 0.5

@@ -23,6 +23,7 @@ from alda.deeplab import (
     Backbone,
     DeepLabV2,
     DeepLabV3Plus,
+    DilatedDepthwise,
     build,
     checkpoint_blocks,
     load_checkpoint,
@@ -321,6 +322,29 @@ def test_v2_is_the_sum_of_its_four_branches_and_upsample_keeps_corners():
     logits = torch.randn(1, 5, 9, 13)
     large = upsample(logits, (65, 97))
     assert_close(large[:, :, ::8, ::8], logits)
+
+
+@pytest.mark.parametrize("dilation, size", [(1, (5, 7)), (2, (9, 8)), (4, (8, 16)), (18, (8, 16))])
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_dilated_depthwise_is_torchs_convolution(dilation, size, kind):
+    """Output and both gradients, also where the dilation reaches over the whole map; in bfloat16, under
+    autocast as runs have it, within that precision's step of float64."""
+    ours = DilatedDepthwise(6, dilation)
+    plain = torch.nn.Conv2d(6, 6, 3, padding=dilation, dilation=dilation, groups=6, bias=False)
+    plain.load_state_dict(ours.state_dict())  # the same names
+    plain, half = plain.double(), kind == torch.bfloat16
+    ours = ours if half else ours.double()
+    x, grad = (torch.randn(2, 6, *size).to(kind) for _ in range(2))
+    found = []
+    for conv, like in ((ours, kind), (plain, torch.float64)):
+        features = x.detach().to(like).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half and conv is ours):
+            out = conv(features)
+        out.backward(grad.to(like))
+        assert features.grad.dtype == like and conv.weight.grad.dtype == conv.weight.dtype
+        found.append((out.detach(), features.grad, conv.weight.grad))
+    for mine, theirs in zip(*found, strict=True):
+        assert_close(mine.double(), theirs, 0.01 if half else 1e-14)
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2"])

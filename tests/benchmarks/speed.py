@@ -15,6 +15,7 @@ import copy
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from alda.datasets import (
     read_image,
     resize_image,
 )
-from alda.deeplab import upsample
+from alda.deeplab import DilatedDepthwise, upsample
 from alda.evaluation import network_logits
 from alda.loop import forward_both, losses_of_queries
 from alda.losses import cross_entropy
@@ -216,6 +217,27 @@ def stal_step(args) -> None:
           counter.get_total_flops())  # fmt: skip
 
 
+def mobilenet_step(args) -> None:
+    """Forward and backward of MobileNetV2 with V3+, 4 images of 128x64, as the evidence's steps: ours
+    against torch's own gradient of dilated depthwise convolutions (a CPU's matter)."""
+    calls = []
+    for plain in (False, True):
+        more = {"backbone": "mobilenet_v2", "net": "deeplabv3plus", "batch_norm": "live"}
+        run = run_of(args, "source-only", "auto", **more)
+        for block in [m for m in run.model.modules() if plain and isinstance(m, DilatedDepthwise)]:
+            block.forward = partial(torch.nn.Conv2d.forward, block)
+        images, labels = noise(4, (64, 128), args.device, torch.float32)
+
+        def step(run=run, images=images, labels=labels):
+            with run.autocast():
+                logits = run.forward(images.to(args.device))
+            logits = upsample(logits.float(), labels.shape[-2:])
+            cross_entropy(logits, labels.to(args.device)).backward()
+
+        calls.append(step)
+    timed("mobilenet_v2 V3+, 4 images of 128x64, forward and backward", *calls, args, 4)
+
+
 def passes(args) -> None:
     """A query round and a pseudo-label pass: per image of the target's own size."""
     height, width = SIZES[args.sizes]["image"]
@@ -319,6 +341,7 @@ def waiting(args) -> None:
 PARTS = {
     "ripu": ripu_step,
     "stal": stal_step,
+    "mobilenet": mobilenet_step,
     "passes": passes,
     "loader": loader,
     "waiting": waiting,
