@@ -415,6 +415,15 @@ class Settings:
         high=1,
         read_by=(*QUERIES, "stal"),
     )
+    confidence_momentum: float = option(
+        0.999,
+        "STAL",
+        "momentum of the classes' running confidence, by which AEL thins and mixes (0.999 needs "
+        "thousands of steps; short runs want less)",
+        low=0,
+        high=1,
+        read_by=STAL,
+    )
     bank: int = option(
         30_000,
         "STAL",

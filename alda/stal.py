@@ -409,7 +409,7 @@ class StalState:
     def __init__(self, s: Settings, run: Run, target):
         self.s, self.run = s, run
         self.teacher = copy.deepcopy(run.model).requires_grad_(False)
-        self.confidence = ConfidenceBank(NUM_CLASSES, device=run.device)
+        self.confidence = ConfidenceBank(NUM_CLASSES, s.confidence_momentum, run.device)
         self.images = ImageBank(NUM_CLASSES, len(target), device=run.device)
         self.partners = Partners(s, target, run.device)
         self.bank = None

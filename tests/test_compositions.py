@@ -584,9 +584,12 @@ def test_a_restart_begins_from_the_first_weights(stal_run):
         assert torch.equal(first, again)
 
 
-def test_banks_of_a_run_fill_and_follow(stal_run):
-    """Confidences move, the image bank knows the unlabelled images, keys enter from the start on."""
-    _, out = stal_run(contrast_start=0.5, ohem_threshold=0.7)
+@pytest.mark.parametrize("momentum", [0.999, 0.5])
+def test_banks_of_a_run_fill_and_follow(stal_run, momentum):
+    """Confidences move with their momentum, the image bank knows the unlabelled images, keys enter from
+    the start on."""
+    given = {} if momentum == 0.999 else {"confidence_momentum": momentum}
+    _, out = stal_run(contrast_start=0.5, ohem_threshold=0.7, **given)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "losses" in line]
     assert all(sum(line["bank"]) == 0 for line in lines[:2]) and sum(lines[2]["bank"]) > 0
@@ -594,7 +597,8 @@ def test_banks_of_a_run_fill_and_follow(stal_run):
     assert lines[2]["losses"]["contrastive"] > 0
     values = [line["confidence"] for line in lines]
     assert all(a != b for a, b in itertools.pairwise(values))
-    assert max(values[0]) <= 0.001 + 1e-9 and 0 < max(values[-1]) <= 0.006
+    assert max(values[0]) <= 1 - momentum + 1e-9
+    assert max(values[-1]) > 0 and (max(values[-1]) <= 0.006) == (momentum == 0.999)
     share = torch.load(out / "checkpoints/last.pt", weights_only=True)["images"]["share"]
     assert ((share.sum(0) > 0.3) & (share.sum(0) < 1.001)).any()
 
