@@ -29,6 +29,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from alda.evaluation import draw_curve
+from alda.pictures import new_figure
+
 
 class World(NamedTuple):
     """The recipe of all rows: image size; (steps, rate) of the source-trained start, 4 images a step,
@@ -237,6 +240,26 @@ def print_classes(results: dict[str, dict[int, dict]]) -> None:
             print(f"| {row} | {' | '.join(f'{mean:.1f}' for mean in means)} |")
 
 
+def draw(results: dict[str, dict[int, dict]], path: Path, world: str) -> None:
+    """The picture of `alda.evaluation compare --plot`, from a record: mIoU over the share of pixels
+    asked, a line a row without its budget, bands of +- the standard deviation over the seeds."""
+    figure, axes = new_figure((6, 4))
+    lines: dict[str, dict[str, list]] = {}
+    for row, runs in results.items():
+        name, _, budget = row.partition("@")
+        points = [(100 * float(budget or 0), 100 * r["mIoU19"]) for r in runs.values()]
+        if points:
+            lines.setdefault(name, {})[budget] = [*zip(*points, strict=True)]
+    for number, (name, places) in enumerate(lines.items()):
+        groups = sorted(places.values())
+        draw_curve(axes, name, groups, level="" in places, color=f"C{number}")
+    axes.set_xlim(left=0)
+    axes.set_xlabel("target pixels asked [%]")
+    axes.set_ylabel(f"mIoU19 [%], world: {world}")
+    axes.legend(fontsize=6)
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--world", choices=WORLDS, required=True)
@@ -248,6 +271,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=None, help="[runs/evidence-WORLD]")
     parser.add_argument("--only-table", action="store_true")
+    parser.add_argument("--plot", type=Path, default=None, help="draw the rows (needs matplotlib)")
     parser.add_argument("--record", type=Path, default=None, help="file of finished runs")
     parser.add_argument(
         "--extra", nargs=argparse.REMAINDER, default=[], help="more options, of all rows"
@@ -285,6 +309,8 @@ def main() -> None:
                     results[row][seed] = result
     if args.record:
         add_to_record(args.record, results)
+    if args.plot:
+        draw(results, args.plot, args.world)
     print_table(results, args.against)
     print_classes(results)
 
