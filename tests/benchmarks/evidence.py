@@ -68,6 +68,7 @@ VARIANTS = {  # STRATEGY:VARIANT and what it adds; * is every strategy
     # why something does not reproduce
     "stal:drop50": ["--drop", "0.5"],
     "stal:quick": ["--confidence-momentum", "0.98"],  # 50 steps of a loop's 333, not 1,000
+    "stal:restart": ["--restart"],  # each loop from the source-trained start
     "cbst:no-mirror": ["--no-label-flip"],
     "cbst:full-size": ["--label-scale", "1"],
     "cbst:source": ["--source-portion", "1", "--source-portion-max", "1"],
