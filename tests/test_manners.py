@@ -319,7 +319,7 @@ def test_readme_help_and_the_list_of_commands_agree(monkeypatch, capsys):
         settings.parse(["--help-all"])
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     others = {"--nnodes", "--rate"}  # torchrun, the cost model
-    others |= {"--world", "--rows", "--seeds"}  # evidence
+    others |= {"--world", "--rows", "--seeds", "--only-table", "--record"}  # evidence
     assert set(re.findall(r"(?<=[ `])--[a-z-]+(?!\w)", text)) <= known | others
     for name in settings.STRATEGIES:
         assert re.search(rf"`(--strategy )?{name}[ `]", text), name

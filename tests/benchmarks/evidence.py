@@ -168,7 +168,9 @@ def add_to_record(path: Path, results: dict[str, dict[int, dict]]) -> None:
             if "pseudo_rounds" in result:  # the accuracy of CBST's labels, round by round
                 scores["accuracy"] = [round(r["accuracy"], 4) for r in result["pseudo_rounds"]]
             record.setdefault((row, seed), {"row": row, "seed": seed, **scores})
-    path.write_text("".join(json.dumps(record[key]) + "\n" for key in sorted(record)))
+    text = "".join(json.dumps(record[key]) + "\n" for key in sorted(record))
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
 
 
 def spread(values: list[float]) -> str:
@@ -265,10 +267,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--world", choices=WORLDS, required=True)
     parser.add_argument("--root", default="", help="data folder [toy]")
-    parser.add_argument("--init", required=True, help="ImageNet weights of MobileNetV2")
+    parser.add_argument("--init", help="ImageNet weights of MobileNetV2, for all that is run")
     parser.add_argument("--rows", nargs="*", default=[])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--against", nargs="+", default=["random"], help="rows to subtract")
+    parser.add_argument("--classes", action="store_true", help="print the IoU of each class, too")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=None, help="[runs/evidence-WORLD]")
     parser.add_argument("--only-table", action="store_true")
@@ -278,6 +281,8 @@ def main() -> None:
         "--extra", nargs=argparse.REMAINDER, default=[], help="more options, of all rows"
     )
     args = parser.parse_args()
+    if not (args.init or args.only_table):
+        parser.error("what is to be run needs --init: ImageNet weights of MobileNetV2")
     args.runs = args.runs or Path(f"runs/evidence-{args.world}")
     world = WORLDS[args.world]
     common = ["--source-size", world.size, "--target-size", world.size]
@@ -313,7 +318,8 @@ def main() -> None:
     if args.plot:
         draw(results, args.plot, args.world)
     print_table(results, args.against)
-    print_classes(results)
+    if args.classes:
+        print_classes(results)
 
 
 if __name__ == "__main__":

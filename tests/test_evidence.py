@@ -1,0 +1,72 @@
+"""RESULTS.md says what the record of finished runs says, and differences are paired by hand.
+
+pytest tests/test_evidence.py
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import evidence
+
+ROOT = Path(__file__).parent.parent
+RESULTS = (ROOT / "tests/benchmarks/RESULTS.md").read_text()
+COMMANDS = re.findall(r"^python (-m tests.benchmarks.evidence .*--only-table.*)$", RESULTS, re.M)
+
+
+def test_differences_are_paired_by_seed():
+    """By hand: gaps 1, 3, 2 have the mean 2 and the standard error 1 / sqrt(3)."""
+    mine, other = {0: 11.0, 1: 23.0, 2: 32.0, 7: 99.0}, {0: 10.0, 1: 20.0, 2: 30.0, 9: 0.0}
+    assert evidence.paired(mine, other) == "+2.0 ± 0.6 (+1.0, +3.0, +2.0)"
+    assert evidence.paired({0: 1.0}, {0: 2.0}) == evidence.paired(mine, {}) == ""
+    assert evidence.spread([1.0, 2.0, 3.0]) == "2.0 ± 1.0" and evidence.spread([1.0]) == "1.0"
+
+
+@pytest.mark.parametrize(
+    "row, against, expected",
+    [
+        ("ripu@0.005", "random", "random@0.005"),
+        ("cbda:both@0.05", "ripu", "ripu@0.05"),
+        ("ripu:low-rate:long@0.05", "random", "random:low-rate:long@0.05"),
+        ("cbda:both:low-rate:long@0.05", "random", "random:low-rate:long@0.05"),
+        ("ripu-pa", "random", "random:pa"),
+        ("stal:unlabelled:strong@0.05", "stal:supervised", "stal:supervised:strong@0.05"),
+        ("stal:unlabelled:light@0.05", "stal:supervised", "stal:supervised@0.05"),
+        ("ripu+cbst@0.005", "ripu", "ripu@0.005"),
+    ],
+)
+def test_a_row_is_compared_with_its_own_kind(row, against, expected):
+    rows = ["random:low-rate:long@0.05", "random:pa", "stal:supervised:strong@0.05"]
+    assert evidence.compared_with(row, against, rows) == expected
+
+
+def test_a_record_keeps_what_it_has(tmp_path):
+    """A run that stands there is not written over; one without pseudo-labels or student has neither."""
+    run = {"mIoU19": 0.3, "IoU": {"road": 0.5, "train": None}, "budget": {"asked": 7}, "wall_s": 1}
+    path = tmp_path / "record.jsonl"
+    evidence.add_to_record(path, {"ripu@0.005": {0: run}})
+    evidence.add_to_record(path, {"ripu@0.005": {0: {**run, "mIoU19": 0.9}, 1: run}})
+    record = evidence.read_record(path)
+    assert {key: r["mIoU19"] for key, r in record.items()} == {
+        ("ripu@0.005", 0): 0.3,
+        ("ripu@0.005", 1): 0.3,
+    }
+    assert record["ripu@0.005", 0]["IoU"] == run["IoU"] and "student" not in record["ripu@0.005", 0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_tables_of_the_results_are_the_records(command):
+    """Every line that a table command of RESULTS.md prints stands there, minutes and all."""
+    line = f"{sys.executable} {command.replace(' --plot curve.png', '')}"
+    shell = ["bash", "-c", line]  # which expands {random,ripu}@0.005
+    done = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True, check=True)
+    printed = [x for x in done.stdout.splitlines() if x]
+    missing = [x for x in printed if x not in RESULTS.splitlines()]
+    assert len(printed) > 4 and not missing, "\n".join(missing)
+
+
+def test_there_are_tables():
+    assert len(COMMANDS) >= 3
