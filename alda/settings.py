@@ -418,8 +418,8 @@ class Settings:
     confidence_momentum: float = option(
         0.999,
         "STAL",
-        "momentum of the classes' running confidence, by which AEL thins and mixes (0.999 needs "
-        "thousands of steps; short runs want less)",
+        "momentum of the classes' running confidence, by which AEL thins and mixes (at 0.999 it "
+        "takes some 1,000 steps to follow)",
         low=0,
         high=1,
         read_by=STAL,
