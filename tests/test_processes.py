@@ -152,7 +152,7 @@ def test_a_step_in_parts_has_the_gradient_of_the_whole(
     assert set(seen) == {4, 2}
     for name, value in states[0]["model"].items():
         gap = (value.double() - states[1]["model"][name].double()).abs().max()
-        assert gap < 2e-6, (name, gap)
+        assert gap < 2e-5, (name, gap)  # float32 rounds by up to 3e-6; a lost 1/n moves it by 5e-2
     for a, b in zip(states[0]["losses"], states[1]["losses"], strict=True):
         assert all(b[k] == pytest.approx(v, rel=1e-4) for k, v in a.items())
 
