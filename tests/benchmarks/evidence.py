@@ -246,7 +246,10 @@ def print_classes(results: dict[str, dict[int, dict]]) -> None:
 def draw(results: dict[str, dict[int, dict]], path: Path, world: str) -> None:
     """The picture of `alda.evaluation compare --plot`, from a record: mIoU over the share of pixels
     asked, a line a row without its budget, bands of +- the standard deviation over the seeds."""
-    figure, axes = new_figure((6, 4))
+    drawing = new_figure((6, 4))
+    if drawing is None:
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib")
+    figure, axes = drawing
     lines: dict[str, dict[str, list]] = {}
     for row, runs in results.items():
         name, _, budget = row.partition("@")
