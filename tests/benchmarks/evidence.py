@@ -69,6 +69,10 @@ VARIANTS = {  # STRATEGY:VARIANT and what it adds; * is every strategy
     "stal:drop50": ["--drop", "0.5"],
     "stal:quick": ["--confidence-momentum", "0.98"],  # 50 steps of a loop's 333, not 1,000
     "stal:restart": ["--restart"],  # each loop from the source-trained start
+    "stal:no-scale": ["--scale", "1,1"],  # images as they are, not from half to twice their size
+    "stal:no-cutmix": ["--no-cutmix"],
+    "stal:no-keep": ["--no-class-keep"],
+    "stal:code": ["--rules", "code"],  # L_u as the official code has it
     "cbst:no-mirror": ["--no-label-flip"],
     "cbst:full-size": ["--label-scale", "1"],
     "cbst:source": ["--source-portion", "1", "--source-portion-max", "1"],
