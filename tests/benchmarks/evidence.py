@@ -46,6 +46,7 @@ WORLDS = {
     "real": World("240x180", (300, 0.0025), (250, 0.01)),  # half of the labels is left at this size
     "real-160": World("160x120", (300, 0.0025), (250, 0.01)),  # a quarter
     "toy": World("128x64", (600, 0.01), (1000, 0.005)),
+    "toy-256": World("256x128", (600, 0.01), (1000, 0.005)),  # twice as large: the labels' own size
 }
 # when labels are asked for, as shares of the steps
 QUERIES = {
