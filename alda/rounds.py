@@ -297,7 +297,16 @@ def report_picks(s: Settings, rounds: Rounds, number: int, seconds: float) -> No
         f"have score 0 ({seconds:.0f} s)",
         flush=True,
     )
-    if record["share_of_score_0"] > 0.5:
+    used_up = [name for name, w in record.get("class_weights", {}).items() if w == 0]
+    little = record["regions"] < record["picks_due"] or record["share_of_score_0"] > 0.5
+    if used_up and little:
+        print(
+            f"warning: round {number} found little to ask: {', '.join(used_up)} have had their share "
+            f"of --budget, which CBDA's balance divides alike over {len(NAMES)} classes, and are not "
+            "asked again; where few of the classes occur, --cbda dynamic asks on",
+            flush=True,
+        )
+    elif record["share_of_score_0"] > 0.5:
         print(
             f"warning: more than half of the picks of round {number} have score 0: the network sees "
             "too few classes to tell regions apart; train longer before the first query (--query-steps)",

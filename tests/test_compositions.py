@@ -778,6 +778,32 @@ def test_a_class_of_weight_0_is_not_asked_even_when_nothing_else_is_left(tmp_pat
     assert {tuple(c) for c in second[0]} == {(7, c) for c in range(10)} | {(6, 0), (6, 1)}
 
 
+@pytest.mark.parametrize(
+    "weights, regions, share_of_0, words",
+    [
+        (
+            {"road": 0.0, "sky": 0.0, "car": 0.4},
+            4,
+            0.0,
+            "road, sky have had their share of --budget",
+        ),
+        ({"road": 0.0, "car": 0.4}, 20, 0.6, "road have had their share"),
+        ({"road": 0.0, "car": 0.4}, 20, 0.0, None),  # all that was due was found
+        ({"road": 1.0, "car": 1.0}, 20, 0.6, "sees too few classes"),
+        (None, 20, 0.6, "sees too few classes"),
+        (None, 4, 0.0, None),
+    ],
+)
+def test_a_round_says_why_it_found_little_to_ask(capsys, weights, regions, share_of_0, words):
+    record = {"asked": 9 * regions, "labelled": 9, "ignored": 0, "trained": 3, "images": {}}
+    record |= {"regions": regions, "picks_due": 20, "share_of_score_0": share_of_0}
+    record |= {"class_weights": weights} if weights else {}
+    rounds.report_picks(settings("cbda"), SimpleNamespace(record=lambda number: record), 5, 1.0)
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == (2 if words else 1)
+    assert words is None or words in told[1]
+
+
 def test_class_weights_are_relative_to_the_whole_budget(tmp_path, monkeypatch):
     """190 pixels of budget: each of 19 classes has 10; 4 of class 5 bought: weight 0.6."""
     labels = torch.full((1, 19, 20), NONE, dtype=torch.uint8)
