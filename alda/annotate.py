@@ -6,7 +6,8 @@
 The page is alda/annotate.html. It asks for the questions once, for photographs by their number, and
 sends each answer before it shows the next question: `answers/IMAGE.json` of the open round is written
 anew with it, atomically. The file is a Labelme JSON (shapes) with a part "alda": answers by question,
-polygons, corrections, seconds. oracle.py reads the shapes, this module the part.
+polygons, corrections, seconds, and a digest of the shapes, which tells whether another program changed
+them. oracle.py reads the shapes, this module the part.
 
 Who may ask: this machine (the loopback address), who names it in the Host header, and who knows the
 random token in the address. What a request says is compared with a few words and numbers; no part of it
@@ -30,7 +31,7 @@ from PIL import Image
 
 from alda import InputError
 from alda.datasets import CLASSES, NAMES, read_image, read_json, write_atomic
-from alda.oracle import ENDINGS, open_round
+from alda.oracle import ENDINGS, open_round, page_part, shapes_digest
 from alda.run import locked, resume_line
 
 PAGE = Path(__file__).with_name("annotate.html")
@@ -111,9 +112,10 @@ class OpenRound:
         return state
 
     def own_part(self, index: int, blank: dict) -> dict | None:
-        """What the page wrote into answers/IMAGE.json; None for a file of another program, or edited."""
+        """What the page wrote into answers/IMAGE.json; None for a file of another program, or one that
+        was edited: its answers are not the page's to replace."""
         try:
-            own = read_json(self.path(index), "alda")["alda"]
+            own = page_part(read_json(self.path(index)))
             kinds = [type(own[key]) is type(blank[key]) for key in PARTS]
             picks = enumerate(own["picks"])
             fine = [parts_of(answer, len(self.cells(index, i))) is not None for i, answer in picks]
@@ -207,7 +209,7 @@ class OpenRound:
         question = self.images[index][1]
         content = {"version": "5.0.0", "flags": {}, "shapes": shapes, "imageData": None}
         content |= {"imagePath": question["photograph"], "imageHeight": question["size"][0]}
-        own = {key: state[key] for key in PARTS}
+        own = {key: state[key] for key in PARTS} | {"shapes": shapes_digest(shapes)}
         content |= {"imageWidth": question["size"][1], "alda": own}
         write_atomic(self.path(index), json.dumps(content))
 

@@ -51,6 +51,7 @@ from alda.datasets import (
 )
 from alda.distributed import all_reduce, broadcast_buffers, share
 from alda.pictures import new_figure
+from alda.run import one_line_errors
 from alda.settings import MAY_CHANGE
 
 # ------------------------------------------------------------------------------------------ measure
@@ -154,6 +155,10 @@ class Protocol:
     window: int | None = None  # side of the sliding window; a smaller image is padded to it
     stride: float = 2 / 3  # of the window, in shares of its side
 
+    def __post_init__(self):
+        if self.window and (self.size or self.flip):
+            raise ValueError("windows slide over an image at its own size, unmirrored")
+
     def __str__(self) -> str:
         size = f"{self.size[1]}x{self.size[0]}" if self.size else "full resolution"
         window = (
@@ -185,9 +190,12 @@ def protocol_named(
     if name not in PROTOCOLS:
         raise InputError(f"unknown protocol {name!r}; known: {', '.join(PROTOCOLS)}")
     protocol = PROTOCOLS[name]
+    if window is not None and (window < 1 or not protocol.window):
+        what = "expected 1 or more pixels" if protocol.window else "only sliding has a window"
+        raise InputError(f"--window {window} with the protocol {name}: {what}")
     if size and not protocol.window:
         protocol = replace(protocol, size=size)
-    return replace(protocol, window=window) if window and protocol.window else protocol
+    return replace(protocol, window=window) if window else protocol
 
 
 def network_logits(model, images: torch.Tensor, size, device, mirror=False) -> torch.Tensor:
@@ -224,7 +232,7 @@ def predict_prob(model, images: torch.Tensor, protocol: Protocol, device) -> tor
         return predict_prob(model, images[None], protocol, device)[0]
     size = protocol.size or tuple(images.shape[-2:])
     if protocol.window:
-        x = normalise(resize_image(images, size).to(device))
+        x = normalise(images.to(device))
         prob = _sliding(model, x, protocol).softmax(1)
     else:
         prob = network_logits(model, images, size, device).softmax(1)
@@ -419,9 +427,9 @@ def recipe(s: dict) -> str:
     without = (*MAY_CHANGE, "seed", "eval_every", "checkpoint_every")
     kept = {name: value for name, value in s.items() if name not in without}
     if "init" in kept:
-        # as a number of its own: not in gta5, not in mobilenet_v2
-        seed = rf"(?<!\d)(?<!gta)(?<!_v){s['seed']}(?!\d)"
-        kept["init"] = re.sub(seed, "SEED", str(kept["init"]))
+        # a number of its own, not in gta5 or mobilenet_v2; of several the last: exp1/source-1/last.pt
+        seed = rf"(?<!\d)(?<!gta)(?<!v){s['seed']}(?!\d)"
+        kept["init"] = re.sub(rf"(.*){seed}", r"\1SEED", str(kept["init"]), count=1)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -482,9 +490,9 @@ def comparison_text(rows: list[dict]) -> str:
 
 def comparison_picture(runs: list[str], rows: list[dict], path: Path, over: str = "budget") -> None:
     """mIoU19 over the share of target pixels asked, or `over` the "steps" (what --eval-every scored):
-    one line a strategy and recipe, the mean over its seeds, in a band of +- their standard deviation;
-    the runs are dots. What asks nobody, or has all labels, is a level line. Needs matplotlib
-    (InputError)."""
+    the mean over seeds in a band of +- their standard deviation; the runs are dots. Over budgets a line
+    is a strategy's (each point a recipe's), over steps a recipe's. What asks nobody, or has all labels,
+    is a level line for each recipe. Needs matplotlib (InputError)."""
     drawing = new_figure((6, 4))
     if drawing is None:
         raise InputError("--plot needs matplotlib: pip install matplotlib")
@@ -498,11 +506,17 @@ def comparison_picture(runs: list[str], rows: list[dict], path: Path, over: str 
         for place, x, score in curve_points(Path(run), row, over):
             points = lines.setdefault(name, {}).setdefault((place, row["recipe"]), [])
             points.append((x, 100 * score))
-    for number, (name, places) in enumerate(lines.items()):
+    curves = []
+    for name, places in lines.items():
         # means over runs that differ in the seed alone
-        groups = sorted([*zip(*points, strict=True)] for points in places.values())
-        level = over == "budget" and groups[0][0][0] in (0, 100)
-        draw_curve(axes, name, groups, level, color=f"C{number}")
+        groups = {key: [*zip(*points, strict=True)] for key, points in places.items()}
+        level = over == "budget" and min(groups.values())[0][0] in (0, 100)
+        if level and len(groups) > 1:
+            curves += [(f"{name} ({key[1]})", [group], True) for key, group in groups.items()]
+        else:
+            curves.append((name, sorted(groups.values()), level))
+    for number, curve in enumerate(curves):
+        draw_curve(axes, *curve, color=f"C{number}")
     axes.set_xlabel("target pixels asked [%]" if over == "budget" else "steps")
     axes.set_xlim(left=0)
     axes.set_ylabel("mIoU19 [%]" + (" (TOY)" if any(row["toy"] for row in rows) else ""))
@@ -688,7 +702,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        return compare(args) if args.command == "compare" else _command(args)
+        with one_line_errors("take a smaller --size, or --device cpu"):
+            return compare(args) if args.command == "compare" else _command(args)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -727,11 +742,16 @@ def unfinished(path: str | Path) -> bool:
 
 def _command(args: argparse.Namespace) -> int:
     device, run = pick_device(args.device), run_settings(args.checkpoint)
+    root = args.root or run.get("root", "data")
     dataset = open_dataset(
-        args.tgt or run.get("tgt", "cityscapes"), args.root or run.get("root", "data"), args.split
+        args.tgt or run.get("tgt", "cityscapes"), root, args.split, args.command == "score"
     )
     name = args.protocol or run.get("protocol", "ripu")
     size = args.size or run.get("test_size") or (run.get("target_size") if name == "ripu" else None)
+    if args.size and PROTOCOLS[name].window:
+        raise InputError(
+            f"--size {args.size} with the protocol {name}: it tests at full resolution"
+        )
     protocol = protocol_named(name, parse_size(size) if size else None, args.window)
     model = load_run(
         args.checkpoint, device, args.which, {"net": args.net, "backbone": args.backbone}
@@ -748,9 +768,10 @@ def _command(args: argparse.Namespace) -> int:
         **evaluate(model, dataset, protocol, device),
         "checkpoint": str(args.checkpoint),
         "which": args.which or "as reported",
+        "toy": root == "toy",
         **({"finished": False} if unfinished(args.checkpoint) else {}),
     }
-    print(describe(result))
+    print("TOY: numbers on the miniature world\n" * result["toy"] + describe(result))
     if args.json:
         text = json.dumps(result, indent=1)
         write_output(args.json, lambda file: file.write(text.encode()))

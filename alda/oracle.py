@@ -12,6 +12,8 @@ Axes: H rows, W columns; maps are (H,W). Points of polygons are (x, y): the pixe
 covers r to r + 1 and c to c + 1, and belongs to a polygon that holds its centre.
 """
 
+import hashlib
+import json
 import os
 import shutil
 import sys
@@ -34,7 +36,8 @@ from alda.annotation import (
 )
 from alda.datasets import CLASSES, NAMES, NUM_CLASSES, read_json, read_label, write_atomic
 from alda.distributed import world_size
-from alda.pictures import NOW, fit, marked
+from alda.pictures import NOW, class_picture, fit, marked
+from alda.run import started_with
 
 NO_ANSWER = (
     254  # in a map of answers: nobody said anything; 255 is the answer "none of the classes"
@@ -111,10 +114,11 @@ class Questions:
                 new.notes = {**self.notes, "unanswered": 0}
             return
         record = {"unit": self.unit, "radius": self.radius, "notes": self.notes}
-        write_atomic(self.work / "README.txt", instructions(self.unit, self.number, self.images))
+        out = self.path.parent.parent
+        text = instructions(self.unit, self.number, self.images, started_with(out))
+        write_atomic(self.work / "README.txt", text)
         complete_folder(self.work, self.path, {**record, "images": self.images})
         count = sum(max(1, len(image["picks"])) for image in self.images.values())
-        out = self.path.parent.parent
         raise Waiting(
             f"round {self.number} asks {count:,} questions on {len(self.images):,} images, in "
             f"{self.path}: python -m alda.annotate {out} shows them, README.txt there tells other ways"
@@ -128,8 +132,8 @@ def draw_overlay(image: torch.Tensor, asked: torch.Tensor, path: Path) -> None:
     write_atomic(path, lambda file: picture.save(file, "jpeg", quality=88))
 
 
-def instructions(unit: str, number: int, images: dict) -> str:
-    """The README.txt of a round: what is asked, and how an answer is written."""
+def instructions(unit: str, number: int, images: dict, start: str) -> str:
+    """The README.txt of a round: what is asked, how an answer is written, how `python START` goes on."""
     what = {
         "pixel": "single pixels: what does each marked pixel show?",
         "region": "small squares: what does each pixel of each marked square show?",
@@ -159,8 +163,10 @@ says "none of them". What was not asked is ignored and counted.
 
 {classes}
 
-python -m alda.loop --resume --out RUN then checks all answers, lists everything that is wrong, and goes
-on when all is right; with --accept-partial it takes what is right and leaves the rest unanswered.
+  python {start} --resume --out RUN
+
+then checks all answers, lists everything that is wrong, and goes on when all is right; with
+--accept-partial it takes what is right and leaves the rest unanswered.
 """
 
 
@@ -274,6 +280,10 @@ def merge(s, rounds: Rounds, number: int, folder: Path, record: dict, files: dic
         if (folder / "picks").is_dir():
             shutil.copytree(folder / "picks", new.work / "picks")
         new.notes = {**record["notes"], "unanswered": unanswered}
+    if record["unit"] != "image":
+        so_far = ledger([rounds.record(n + 1) for n in range(number)])["classes"]
+        path = folder.parent.parent / "pictures" / f"round-{number:02d}" / "classes.png"
+        class_picture(so_far, path, balanced="class_weights" in record["notes"])
     done = ledger([rounds.record(number)])
     minutes = f"{done['seconds'] / 60:.1f} min" if "seconds" in done else "time unknown"
     print(
@@ -357,9 +367,10 @@ def read_answer(path: Path, size: tuple[int, int], whole: bool):
 
 def labelme_labels(path: Path, content: dict, size: tuple[int, int], whole: bool = False):
     """(labels (H,W) uint8 with 254 = no answer, problems, work): the shapes of a Labelme JSON, later
-    ones over earlier ones. A shape that cannot be read leaves its pixels unanswered."""
+    ones over earlier ones. What lies under a shape that cannot be read is unanswered: nobody knows how
+    far it reaches."""
     labels = np.full(size, IGNORE if whole else NO_ANSWER, np.uint8)
-    own = content.get("alda") if isinstance(content.get("alda"), dict) else {}
+    own = page_part(content)
     if whole and own and own.get("finished") is not True:  # begun on the page
         labels.fill(NO_ANSWER)
     said = (content.get("imageHeight") or size[0], content.get("imageWidth") or size[1])
@@ -375,6 +386,7 @@ def labelme_labels(path: Path, content: dict, size: tuple[int, int], whole: bool
             value, wrong = class_of(shape.get("label")), None
         except InputError as error:
             problems.append(f"{path}: shape {number}: {error}")
+            labels.fill(NO_ANSWER)
             continue
         if value is None:
             wrong = f"label {shape.get('label')!r} is none of {', '.join(NAMES)}, unknown"
@@ -382,6 +394,30 @@ def labelme_labels(path: Path, content: dict, size: tuple[int, int], whole: bool
         labels[mask] = NO_ANSWER if value is None else value
     work = {key: own[key] for key in ("corrections", "seconds") if is_count(own.get(key))}
     return torch.from_numpy(labels), problems, work
+
+
+def page_part(content: dict) -> dict:
+    """The part "alda" of an answer as the page wrote it; {} in a file of another program, or one whose
+    shapes another program changed since: Labelme keeps parts that it does not know."""
+    own, digest = content.get("alda"), shapes_digest(content.get("shapes"))
+    return own if digest and isinstance(own, dict) and own.get("shapes") == digest else {}
+
+
+def shapes_digest(shapes) -> str | None:
+    """Sixteen letters that say whether shapes are still the same, however their numbers are written;
+    None where they are none."""
+    try:
+        known = [
+            (
+                shape["label"],
+                shape["shape_type"],
+                [[float(x), float(y)] for x, y in shape["points"]],
+            )
+            for shape in shapes
+        ]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+    except (LookupError, TypeError, ValueError, OverflowError):
+        return None
 
 
 def is_count(value) -> bool:

@@ -237,6 +237,7 @@ def ask_pixels(s: Settings, run: Run, target: SegmentationDataset, rounds: Round
     chosen = choose(s, run, target, rounds, number, records)
     if is_first():
         folder = run.out / "pictures" / f"round-{number:02d}"
+        report_choice(s, number, chosen)  # first: where people answer, the run ends in store_picks
         store_picks(s, target, rounds, number, chosen, folder)
         labelled = ledger([*records, rounds.record(number)])["classes"]
         class_picture(labelled, folder / "classes.png", balanced="class_weights" in chosen.notes)
@@ -286,19 +287,17 @@ def write_factors(path: Path, centres: torch.Tensor, factors: torch.Tensor) -> N
     path.write_text("\n".join(lines) + "\n")
 
 
-def report_picks(s: Settings, rounds: Rounds, number: int, seconds: float) -> None:
-    """Prints what round `number` asked and got."""
-    record = rounds.record(number)
+def report_choice(s: Settings, number: int, chosen: Chosen) -> None:
+    """Prints how much of what was due round `number` found to ask, and why where it is little."""
+    picks, due = sum(map(len, chosen.centres)), chosen.notes["picks_due"]
+    score_0 = chosen.notes["share_of_score_0"]
     print(
-        f"round {number}/{s.rounds}: asked {record['asked']:,} px ({record['regions']:,} of "
-        f"{record['picks_due']:,} picks due, {len(record['images'])} images), labelled "
-        f"{record['labelled']:,}, ignored by the truth {record['ignored']:,}, "
-        f"left at {s.target_size} {record['trained']:,}; {record['share_of_score_0']:.0%} of the picks "
-        f"have score 0 ({seconds:.0f} s)",
+        f"round {number}/{s.rounds}: {picks:,} of {due:,} picks due; {score_0:.0%} of the picks "
+        "have score 0",
         flush=True,
     )
-    used_up = [name for name, w in record.get("class_weights", {}).items() if w == 0]
-    little = record["regions"] < record["picks_due"] or record["share_of_score_0"] > 0.5
+    used_up = [name for name, w in chosen.notes.get("class_weights", {}).items() if w == 0]
+    little = picks < due or score_0 > 0.5
     if used_up and little:
         print(
             f"warning: round {number} found little to ask: {', '.join(used_up)} have had their share "
@@ -306,12 +305,23 @@ def report_picks(s: Settings, rounds: Rounds, number: int, seconds: float) -> No
             "asked again; where few of the classes occur, --cbda dynamic asks on",
             flush=True,
         )
-    elif record["share_of_score_0"] > 0.5:
+    elif score_0 > 0.5:
         print(
             f"warning: more than half of the picks of round {number} have score 0: the network sees "
             "too few classes to tell regions apart; train longer before the first query (--query-steps)",
             flush=True,
         )
+
+
+def report_picks(s: Settings, rounds: Rounds, number: int, seconds: float) -> None:
+    """Prints what round `number` asked and got."""
+    record = rounds.record(number)
+    print(
+        f"round {number}/{s.rounds}: asked {record['asked']:,} px on {len(record['images'])} images, "
+        f"labelled {record['labelled']:,}, ignored by the truth {record['ignored']:,}, "
+        f"left at {s.target_size} {record['trained']:,} ({seconds:.0f} s)",
+        flush=True,
+    )
 
 
 @torch.inference_mode()

@@ -468,29 +468,36 @@ STOP = Stop()
 
 
 def resume_line(out: Path) -> str:
-    """The command that goes on with a run: the script's own where a script began it, which may have
-    brought a score of its own; not a module of this package, nor one that -m started."""
-    script = Path(sys.argv[0])
+    """The command that goes on with the run in `out`."""
+    return f"python {started_with(out)} --resume --out {shlex.quote(str(out))}"
+
+
+def started_with(out: Path) -> str:
+    """What python ran when the run in `out` began: a script, which may have brought a score of its
+    own (config.json says so), else -m alda.loop."""
+    try:
+        script = Path(read_json(out / "config.json", "command")["command"][1])
+    except (InputError, LookupError, TypeError):  # the command that runs now
+        script = Path(sys.argv[0])
     own = script.suffix == ".py" and script.is_file() and script.name != "__main__.py"
     own = own and script.resolve().parent != Path(__file__).resolve().parent
-    start = shlex.quote(str(script)) if own else "-m alda.loop"
-    return f"python {start} --resume --out {shlex.quote(str(out))}"
+    return shlex.quote(str(script)) if own else "-m alda.loop"
 
 
 @contextmanager
-def one_line_errors():
+def one_line_errors(
+    smaller="start with another --out and a smaller --batch, --crop, --source-size or --target-size, "
+    "or go on with --resume where there is more",
+):
     """Turns what torch raises when memory or a loading process is lost, anywhere in a loop, into
-    InputError."""
+    InputError; `smaller` is what to do where memory is short."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         text = " ".join(str(error).split())[:160]
         words = ("allocate memory", "out of memory", "ALLOC_FAILED")
         if isinstance(error, MemoryError) or any(word in text for word in words):
-            raise InputError(
-                f"out of memory ({text}); start with another --out and a smaller --batch, --crop, "
-                "--source-size or --target-size, or go on with --resume where there is more"
-            ) from None
+            raise InputError(f"out of memory ({text}); {smaller}") from None
         if any(part in text for part in ("closed by peer", "Connection reset", "NCCL")):
             raise InputError(
                 f"another process of this job was lost ({text}); go on with --resume (torchrun "

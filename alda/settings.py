@@ -715,8 +715,8 @@ def settings_resumed(given: dict) -> Settings | None:
             f"{config}: 'settings' are not those of this version; resume with the version in "
             "'versions', or restore the file"
         )
-    folder = {"out": given["out"]} if "out" in given else {}
-    return Settings(**{**kept, **given, **folder})
+    # said each time: what is right is taken once, not in every round that follows
+    return Settings(**{**kept, "accept_partial": False, **given})
 
 
 def poly_length(s: Settings) -> int:

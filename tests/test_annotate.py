@@ -251,12 +251,47 @@ def test_answers_of_another_tool_are_left_alone(serve, tiny_world):
 def test_an_edited_answer_is_left_alone(own, serve):
     server = serve("pixel")
     path = server.round.path(0)
+    shapes = []
     if isinstance(own, dict) and own:
         assert post(server, {"image": 0, "pick": 0, "answer": "car", "was": None})[0] == 200
-        own = json.loads(path.read_text())["alda"] | own
-    path.write_text(json.dumps({"shapes": [], "alda": own}))
+        content = json.loads(path.read_text())
+        own, shapes = content["alda"] | own, content["shapes"]
+    path.write_text(json.dumps({"shapes": shapes, "alda": own}))
     assert server.round.state(0)["elsewhere"] == path.name
     assert request(server, "GET", f"/{server.token}/questions")[0] == 200
+
+
+def edit(path, change):
+    """What Labelme does: it changes the shapes, writes their numbers its own way and keeps all else."""
+    content = json.loads(path.read_text())
+    for shape in content["shapes"]:
+        shape["points"] = [[float(x) for x in point] for point in shape["points"]]
+    change(content["shapes"])
+    path.write_text(json.dumps(content, indent=2))
+
+
+def test_a_correction_in_another_program_is_not_overwritten(serve):
+    server = serve("pixel")
+    path, (row, col) = server.round.path(0), server.round.images[0][1]["picks"][0]
+    assert post(server, {"image": 0, "pick": 0, "answer": "road", "was": None})[0] == 200
+    edit(path, lambda shapes: None)  # saved as it was
+    assert server.round.state(0)["picks"] == ["road", None]
+    edit(path, lambda shapes: shapes[0].update(label="car"))
+    status, told = post(server, {"image": 0, "pick": 1, "answer": "bus", "was": None})
+    assert status == 409 and path.name in told["error"]
+    labels, problems, work = oracle.read_answer(path, (128, 256), False)
+    assert labels[row, col] == NAMES.index("car") and not problems and not work
+
+
+def test_a_whole_image_finished_in_another_program_is_finished(serve):
+    server = serve("image")
+    path, square = server.round.path(0), [[10, 20], [30, 20], [30, 50], [10, 50]]
+    post(server, {"image": 0, "add": {"label": "car", "points": square}})
+    edit(path, lambda shapes: None)
+    assert (oracle.read_answer(path, (128, 256), True)[0] == 254).sum() == 128 * 256 - 600
+    edit(path, lambda shapes: shapes.append({**shapes[0], "label": "sky", "points": square[:3]}))
+    labels, problems, _ = oracle.read_answer(path, (128, 256), True)
+    assert not problems and not (labels == 254).any() and (labels == 10).any()
 
 
 def test_a_full_disk_is_told_and_the_last_answer_kept(serve, monkeypatch):

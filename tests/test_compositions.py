@@ -795,10 +795,10 @@ def test_a_class_of_weight_0_is_not_asked_even_when_nothing_else_is_left(tmp_pat
     ],
 )
 def test_a_round_says_why_it_found_little_to_ask(capsys, weights, regions, share_of_0, words):
-    record = {"asked": 9 * regions, "labelled": 9, "ignored": 0, "trained": 3, "images": {}}
-    record |= {"regions": regions, "picks_due": 20, "share_of_score_0": share_of_0}
-    record |= {"class_weights": weights} if weights else {}
-    rounds.report_picks(settings("cbda"), SimpleNamespace(record=lambda number: record), 5, 1.0)
+    notes = {"picks_due": 20, "share_of_score_0": share_of_0}
+    notes |= {"class_weights": weights} if weights else {}
+    chosen = rounds.Chosen([torch.zeros(regions - 1, 2), torch.zeros(1, 2)], {}, {}, notes)
+    rounds.report_choice(settings("cbda"), 5, chosen)
     told = capsys.readouterr().out.splitlines()
     assert len(told) == (2 if words else 1)
     assert words is None or words in told[1]

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,42 @@ def test_score_command_prints_number_and_protocol(run, tiny_world, capsys, tmp_p
         and "protocol whole (full resolution, no flip" in out
         and json_file.is_file()
     )
+    assert "TOY" not in out and json.loads(json_file.read_text())["toy"] is False
+
+
+def test_a_score_on_the_miniature_world_says_so(run, tiny_world, capsys, tmp_path, monkeypatch):
+    (tmp_path / "toy").symlink_to(tiny_world)
+    monkeypatch.chdir(tmp_path)
+    words = ["score", str(run[0]), "--root", "toy", "--size", "64x32", "--json", "score.json"]
+    assert E.main(words) == 0
+    assert "TOY: numbers on the miniature world\n" in capsys.readouterr().out
+    assert json.loads(Path("score.json").read_text())["toy"] is True
+
+
+def test_memory_that_is_short_is_one_line(run, tiny_world, capsys, monkeypatch):
+    def short(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(E, "evaluate", short)
+    assert E.main(["score", str(run[0]), "--root", str(tiny_world)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: out of memory (CUDA") and error.count("\n") == 1
+    assert "--size" in error and "--batch" not in error
+
+
+def test_predictions_need_no_labels(run, tiny_world, tmp_path):
+    world = tmp_path / "world"
+    shutil.copytree(tiny_world / "cityscapes/leftImg8bit", world / "cityscapes/leftImg8bit")
+    words = [str(run[0]), "--root", str(world), "--size", "64x32", "--split", "train"]
+    assert E.main(["predict", *words, "--to", str(tmp_path / "to")]) == 0
+    assert len([*(tmp_path / "to").iterdir()]) == 6
+    assert E.main(["score", *words]) == 2
+
+
+@pytest.mark.parametrize("other", [{"flip": True}, {"size": (8, 8)}])
+def test_windows_slide_over_the_image_as_it_is(other):
+    with pytest.raises(ValueError, match="own size, unmirrored"):
+        E.Protocol("mine", window=4, **other)
 
 
 def test_predict_command_writes_cityscapes_ids(run, tiny_world, capsys, tmp_path):
@@ -252,6 +289,10 @@ def test_a_full_disk_leaves_scores_and_predictions_as_they_were(
         (["score", "nowhere"], "no checkpoint there"),
         (["score", "nowhere", "--size", "big"], "WIDTHxHEIGHT"),
         (["score", "nowhere", "--device", "cuda:77"], "cannot be used"),
+        (["score", "nowhere", "--protocol", "sliding", "--window", "-5"], "expected 1 or more"),
+        (["score", "nowhere", "--protocol", "sliding", "--window", "0"], "expected 1 or more"),
+        (["score", "nowhere", "--window", "9"], "only sliding has a window"),
+        (["score", "nowhere", "--protocol", "sliding", "--size", "9x9"], "full resolution"),
     ],
 )
 def test_user_mistakes_are_one_line(arguments, message, capsys, tiny_world):
@@ -338,6 +379,19 @@ def test_a_curve_is_the_mean_over_seeds_in_a_band(tmp_path, monkeypatch):
         assert (band.min(), band.max()) == pytest.approx(
             (min(e - d for e, d in zip(expected, DEVIATION[over], strict=True)), 50 + 200**0.5)
         )
+
+
+def test_each_recipe_that_asks_nobody_is_a_level_line_of_its_own(tmp_path, monkeypatch):
+    budget = {"asked": 0, "share": 0.0, "images": 0, "trained": 0, "class_entropy": 0.0}
+    runs = [finished(tmp_path / m, "source-only", float(m), budget=budget) for m in ("0.2", "0.4")]
+    path = tmp_path / "0.4" / "config.json"
+    path.write_text(path.read_text().replace('"settings": {', '"settings": {"lr": 9.0, '))
+    seen = []
+    monkeypatch.setattr(E, "new_figure", lambda size: seen.append(new_figure(size)) or seen[-1])
+    assert E.main(["compare", *runs, "--plot", str(tmp_path / "x.png")]) == 0
+    lines = seen[-1][1].lines
+    assert [line.get_ydata()[0] for line in lines] == pytest.approx([20, 40])
+    assert len({line.get_label() for line in lines}) == len({x.get_color() for x in lines}) == 2
 
 
 def test_what_asks_nobody_or_knows_all_is_a_level_line(tmp_path, monkeypatch):
@@ -429,6 +483,8 @@ def test_a_table_goes_into_a_pipe_or_through_a_link(tmp_path):
         ),
         ((2, "seed2/step12.pt"), (3, "seed3/step12.pt"), True),  # 12 is no 2
         ((1, "mobilenet_v2.pth"), (2, "mobilenet_v2.pth"), True),  # a name that is all seeds'
+        ((2, "deeplabv2-source-2/x.pt"), (3, "deeplabv2-source-3/x.pt"), True),
+        ((1, "exp1/source-1/last.pt"), (2, "exp1/source-2/last.pt"), True),
         ((1, "runs/112.pt"), (3, "runs/332.pt"), False),  # two starts, whatever the seeds
         ((1, "step10.pt"), (3, "step30.pt"), False),
         ((0, "start-7.pt"), (1, "start-8.pt"), False),

@@ -190,6 +190,7 @@ def test_a_round_of_questions_can_be_read_and_looked_at(waiting, asked, unlabell
         assert yellow[round((row + 0.5) * scale), round((col + 0.5) * scale)]
     text = (folder / "README.txt").read_text()
     assert "_labelIds.png" in text and "motorcycle" in text and "Labelme" in text
+    assert "python -m alda.loop --resume --out RUN" in text
     assert not list((folder / "answers").iterdir()) and Rounds(out / "rounds").complete() == 0
 
 
@@ -232,6 +233,7 @@ def test_all_problems_are_listed_at_once_and_nothing_is_merged(waiting, tiny_wor
     assert Rounds(out / "rounds").complete() == 0
 
     assert loop.main([*words, "--resume", "--accept-partial"]) == 3  # the second round asks
+    assert (out / "pictures/round-01/classes.png").is_file()
     rounds = Rounds(out / "rounds")
     assert rounds.complete() == 1
     rows, size = rounds.record(1)["images"], (128, 256)
@@ -244,6 +246,16 @@ def test_all_problems_are_listed_at_once_and_nothing_is_merged(waiting, tiny_wor
     inside = torch.from_numpy(oracle.polygon_mask(np.array(square[:3]), size))
     assert (labels[asked & ~inside] == 0).all() and (labels[asked & inside] == 255).all()
     assert {p.name for p in (out / "rounds").iterdir()} == {"01", "01.answered", "02.open"}
+    assert loop.main([*words, "--resume"]) == 3  # what is right was taken once
+
+
+def test_to_accept_what_is_right_is_said_each_time(unlabelled, tmp_path, capsys):
+    words = arguments(unlabelled, tmp_path / "out", oracle="files", **PIXELS)
+    assert loop.main([*words, "--accept-partial"]) == 3
+    said = capsys.readouterr().out
+    assert "round 1/2: 12 of 12 picks due" in said and "of round 1 have score 0" in said
+    assert loop.main(["--out", str(tmp_path / "out"), "--resume"]) == 3  # nobody has answered yet
+    assert opened(tmp_path / "out")[0].name == "01.open"
 
 
 def test_missing_answers_are_waited_for_and_written_ones_stay(waiting, tiny_world, capsys):
@@ -318,8 +330,10 @@ def test_people_are_in_the_comparison(waiting, tiny_world, unlabelled, tmp_path,
     words, out, folder, record = waiting
     as_files(tiny_world, folder, record, "labelme")
     path = folder / "answers" / f"{next(iter(record['images']))}.json"
+    content = json.loads(path.read_text())
     own = {"seconds": 61.25, "corrections": 2, "finished": True}
-    path.write_text(json.dumps({**json.loads(path.read_text()), "alda": own}))
+    own["shapes"] = oracle.shapes_digest(content["shapes"])
+    path.write_text(json.dumps({**content, "alda": own}))
     words += ["--resume"]
     assert loop.main(words) == 3
     row = Rounds(out / "rounds").record(1)["images"][path.stem]
@@ -397,18 +411,26 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("shape", BROKEN.values(), ids=BROKEN)
-def test_a_broken_shape_is_a_problem_with_its_number(shape, tmp_path):
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_shape_is_a_problem_with_its_number(name, whole, tmp_path):
+    """How far it reaches is unknown, unless its label alone is wrong: what lies under it is no answer,
+    nor is the background; what lies over it is."""
     good = {"label": "sky", "points": [[0, 0], [9, 0], [9, 9], [0, 9]]}
-    labels, problems, _ = oracle.labelme_labels(tmp_path, {"shapes": [good, shape]}, (4, 4))
+    over = {"label": "car", "points": [[3.5, 3.5]], "shape_type": "point"}
+    content = {"shapes": [good, BROKEN[name], over]}
+    labels, problems, _ = oracle.labelme_labels(tmp_path, content, (4, 4), whole)
     assert len(problems) == 1 and "shape 2: " in problems[0] and "\n" not in problems[0]
-    assert (labels == 10).sum() >= 13
+    assert labels[3, 3] == 13 and (labels == 13).sum() == 1
+    assert (labels == 10).sum() == (15 if "label" in name else 0)
+    assert (labels == 254).sum() == (0 if "label" in name else 15)
 
 
 @pytest.mark.parametrize("value", [-1, float("nan"), 1e300, "3", None, True, [2]])
 def test_work_that_is_no_number_is_not_counted(value, tmp_path):
-    own = {"seconds": value, "corrections": value}
-    assert oracle.labelme_labels(tmp_path, {"shapes": [], "alda": own}, (4, 4))[2] == {}
+    for key, work in (("seconds", {"corrections": 1}), ("corrections", {"seconds": 1})):
+        own = {"seconds": 1, "corrections": 1, key: value, "shapes": oracle.shapes_digest([])}
+        assert oracle.labelme_labels(tmp_path, {"shapes": [], "alda": own}, (4, 4))[2] == work
 
 
 @pytest.mark.parametrize("content", [{"shapes": 3}, {"shapes": [], "imageHeight": 5}])
