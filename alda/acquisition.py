@@ -127,9 +127,9 @@ def region_impurity(prediction: torch.Tensor, num_classes: int, k: int = 1) -> t
         count = box_sum((prediction == c).to(torch.uint8), k).float()
         total += torch.xlogy(count, count)
     # RIPU Eq. (3): P = -sum_c (n_c / n) log (n_c / n) = log n - (1 / n) sum_c n_c log n_c
-    impurity = (area.log() - total / area) / math.log(num_classes)
-    # a pure region is 0, not +-1e-8 by rounding; the least impure one is 1e-6 or more up to k = 1,500
-    return impurity.masked_fill_(impurity < 1e-6, 0)
+    entropy = area.log() - total / area
+    # a pure region is 0, not +-2e-6 by rounding; the least impure one is 3e-6 or more up to k = 1,150
+    return (entropy / math.log(num_classes)).masked_fill_(entropy < 2.9e-6, 0)
 
 
 def region_uncertainty(entropies: torch.Tensor, k: int = 1) -> torch.Tensor:
@@ -545,7 +545,8 @@ class GlobalBudget:
             )
         self.images[image_id] = (values, centres.cpu().numpy().astype(np.int32).reshape(-1, 2))
         if sum(len(values) for values, _ in self.images.values()) > 2 * self.count:
-            self.floor = self._keep_best(lambda number: number, lambda items: items)
+            lowest = self._keep_best(lambda number: number, lambda items: items)
+            self.floor = math.inf if lowest is None else lowest  # nothing wins where count is 0
 
     def select(self) -> dict:
         """{image_id: (n,2) int64 centres in picking order} of this process's images; images without

@@ -3,7 +3,7 @@
     from alda.annotation import Rounds, bought_labels, ground_truth
     rounds = Rounds(out / "rounds")
     with rounds.new(1) as new:                      # written under a temporary name, renamed when complete
-        new.add("aachen_000000_000019", asked, ground_truth(target, index), training_size=(640, 1280))
+        new.add("aachen_000000_000019", asked, ground_truth(target, index), regions=1, training_size=(640, 1280))
     labels = rounds.labels("aachen_000000_000019", shape=(1024, 2048))    # the union over all rounds
 
 A round of queries is a folder `rounds/01` that is never changed once it is complete:

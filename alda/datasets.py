@@ -280,14 +280,17 @@ def read_label(path: Path, space: str) -> torch.Tensor:
         raise InputError(
             f"{path}: cannot be read as a label ({_first_line(error)}); copy it again or remove it"
         ) from None
-    table = id_map("train" if path.name.endswith("_labelTrainIds.png") else space)
+    space = "train" if path.name.endswith("_labelTrainIds.png") else space
+    table = id_map(space)
     inside = (ids >= 0) & (ids <= 255)
     labels = np.where(inside, table[np.clip(ids, 0, 255)], _UNKNOWN).astype(np.uint8)
     if (labels == _UNKNOWN).any():
         unknown = np.unique(ids[labels == _UNKNOWN])[:8].tolist()
-        raise InputError(
-            f"{path}: holds ids {unknown} that are not in the {space} label table; is it another dataset's file?"
-        )
+        if space == "train":
+            what = "are no train ids, expected 0 to 18 or 255; label ids belong into _labelIds.png"
+        else:
+            what = f"are not in the {space} label table; is it another dataset's file?"
+        raise InputError(f"{path}: holds ids {unknown} that {what}")
     return torch.from_numpy(labels)
 
 
@@ -358,7 +361,7 @@ class SegmentationDataset(Dataset):
             )
 
     def fingerprint(self) -> dict:
-        """{"images": how many, "sha256": of ids, sizes and bytes of all files}: what a run's
+        """{"images": how many, "sha256": of ids, sizes and the lengths of all files}: what a run's
         config.json remembers of its data."""
         total = hashlib.sha256()
         for sample in self.samples:
@@ -810,7 +813,8 @@ class ImageCache:
     memory-mapped file of (3,h,w) uint8 in `folder`, for every process that reads these images at this
     size.
 
-    Its name holds the dataset's fingerprint: other images never read it. At most `most` bytes: images
+    Its name holds the dataset's fingerprint and when each image was last written: other images never
+    read it. At most `most` bytes: images
     beyond are decoded every time. Whether an image is there is a byte of its own, written after it.
     `size` is (h, w). Raises InputError where the file cannot be made.
     """
@@ -819,7 +823,9 @@ class ImageCache:
         self.dataset, self.size = dataset, tuple(size)
         each = 3 * size[0] * size[1]
         self.count = min(len(dataset), int(most // (each + 1)))
-        name = f"{dataset.name}-{dataset.fingerprint()['sha256'][:16]}-{size[1]}x{size[0]}"
+        written = [sample.image.stat().st_mtime_ns for sample in dataset.samples]
+        images = json.dumps([dataset.fingerprint()["sha256"], written]).encode()
+        name = f"{dataset.name}-{hashlib.sha256(images).hexdigest()[:16]}-{size[1]}x{size[0]}"
         self.path, self.bytes = folder / f"{name}-{self.count}.u8", self.count * (each + 1)
         try:
             folder.mkdir(parents=True, exist_ok=True)

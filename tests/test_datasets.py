@@ -1,6 +1,7 @@
 """Label spaces, readers, transforms and samplers."""
 
 import math
+import os
 import pickle
 
 import numpy as np
@@ -371,6 +372,10 @@ def test_a_cache_gives_the_same_images_and_reads_each_file_once(tiny_world, tmp_
     data.samples[0], data.samples[1] = data.samples[1], data.samples[0]
     other = D.ImageCache(tmp_path, data, size, 4 * each)
     assert other.path != cache.path and torch.equal(other.image(0), plain[1])
+    stamp = data.samples[3].image.stat()  # a file that was written anew, as long as before
+    os.utime(data.samples[3].image, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    assert D.ImageCache(tmp_path, data, size, 4 * each).path != other.path
+    os.utime(data.samples[3].image, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     transform = D.JointTransform(size=size, crop=(16, 16), flip=True)
     views = [D.TrainingView(data, transform, 7, cache=x) for x in (None, other)]
     for draw in range(4):
