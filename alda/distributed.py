@@ -12,6 +12,8 @@ split by `share`, its results come together on the first process, which alone wr
 """
 
 import os
+import secrets
+import time
 from datetime import timedelta
 
 import torch
@@ -20,6 +22,7 @@ import torch.distributed as dist
 from alda import InputError
 
 JOINING = 120  # seconds to wait for the other processes
+WAITING = 7200  # for what the first does alone: it stores a round of a large dataset
 
 
 def world_size() -> int:
@@ -70,13 +73,38 @@ def join(device: torch.device) -> torch.device:
     try:
         wait = timedelta(seconds=JOINING)
         store, rank, world = next(dist.rendezvous("env://", timeout=wait))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        kind = {"store": fresh(store, rank, world), "rank": rank, "world_size": world}
+        dist.init_process_group(backend, timeout=timedelta(seconds=WAITING), **kind)
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(
             f"the {world_size()} processes of WORLD_SIZE did not meet within {JOINING} s "
             f"({' '.join(str(error).split())[:120]}); start all of them with torchrun, or unset it"
         ) from None
     return device
+
+
+def fresh(store: dist.Store, rank: int, world: int) -> dist.Store:
+    """The part of `store` that belongs to this start alone. torchrun keeps one store for all restarts:
+    a process that finds the addresses of the last start waits for one that is gone.
+
+    Every process says hello under a name of its own, which no earlier one had; the first welcomes
+    each until all are ready. Collective. Raises RuntimeError where one does not come within JOINING s.
+    """
+    own, end = secrets.token_hex(8), time.monotonic() + JOINING
+    if rank:
+        store.set(f"hello/{rank}", own)
+        first = store.get(f"welcome/{own}").decode()
+        store.set(f"ready/{first}/{rank}", "")
+        return dist.PrefixStore(first, store)
+    others = range(1, world)
+    while not all(store.check([f"ready/{own}/{other}"]) for other in others):
+        for other in others:
+            if store.check([f"hello/{other}"]):
+                store.set(f"welcome/{store.get(f'hello/{other}').decode()}", own)
+        if time.monotonic() > end:
+            raise RuntimeError("not all said hello")
+        time.sleep(0.02)
+    return dist.PrefixStore(own, store)
 
 
 def leave() -> None:

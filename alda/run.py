@@ -45,7 +45,14 @@ from alda.datasets import (
     read_json,
     write_atomic,
 )
-from alda.distributed import all_reduce_number, barrier, mean_over_processes, rank_and_world, say
+from alda.distributed import (
+    all_reduce_number,
+    barrier,
+    gather_list,
+    mean_over_processes,
+    rank_and_world,
+    say,
+)
 from alda.settings import MAY_CHANGE
 
 # what only a run writes: without a config.json beside it, nobody knows whose it is
@@ -77,7 +84,7 @@ def batches(s, dataset: SegmentationDataset, step: int, stream: int, labels_of):
             s.workers,
             batch_size=s.batch // world,
             sampler=sampler,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and s.device != "cpu",
         )
     )
 
@@ -114,7 +121,7 @@ def mixed_batches(
             s.workers,
             batch_size=s.batch // world,
             sampler=sampler,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and s.device != "cpu",
         )
     )
 
@@ -291,12 +298,15 @@ class Run:
         it cannot be written, and Stopped where a signal has asked for it."""
         # a network that is lost is never saved, and never asks an annotator
         self.finite_losses(step)
+        _, *others = gather_list([self.own()]) or [None]
         if self.rank == 0:
             check_folder(self.out)
             path = self.out / "checkpoints" / "last.pt"
             path.parent.mkdir(parents=True, exist_ok=True)
             work = path.with_name("next.pt")
-            write_atomic(work, lambda file: torch.save(self.state(step), file))
+            write_atomic(
+                work, lambda file: torch.save({**self.state(step), "others": others}, file)
+            )
             if path.is_file():
                 os.replace(path, path.with_name("previous.pt"))
             os.replace(work, path)
@@ -321,16 +331,33 @@ class Run:
             "step": step,  # the samplers' positions and the rounds to be read follow from it
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "history": self.history,
             "names": self.names,
             "scores": self.scores,
             "lines": self.lines,
             "before": self.before,
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state(self.device)
-            if self.device.type == "cuda"
-            else None,
             **{name: part.state_dict() for name, part in self.parts.items()},
+            **self.own(),
+        }
+
+    def buffers(self) -> list[torch.Tensor]:
+        """The running statistics of the networks: on CPUs each process has its own."""
+        modules = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
+        return [buffer for module in (self.model, *modules) for buffer in module.buffers()]
+
+    def own(self) -> dict:
+        """What of a checkpoint is this process's own: in "others" it stands once for each process
+        but the first."""
+        on_cuda = self.device.type == "cuda"
+        parts = {}
+        for name in [name for name in ("images", "partners") if name in self.parts]:
+            items = self.parts[name].state_dict().items()
+            parts[name] = {k: v.cpu() if torch.is_tensor(v) else v for k, v in items}
+        return {
+            "history": [row.cpu() for row in self.history],
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self.device) if on_cuda else None,
+            "buffers": [buffer.cpu() for buffer in self.buffers()],
+            **parts,
         }
 
     def resume(self) -> int:
@@ -341,7 +368,7 @@ class Run:
             return 0
         path, state = self.newest()
         if state is None:
-            print(f"{path}: no checkpoint yet, starting from the first step", flush=True)
+            say(f"{path}: no checkpoint yet, starting from the first step")
             self.forget_after(0)
             return 0
         try:
@@ -388,14 +415,24 @@ class Run:
             raise ValueError(f"it is of step {step!r}, the run has {self.s.steps}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.history, self.names = [row.to(self.device) for row in state["history"]], state["names"]
+        for group in self.optimizer.param_groups:  # the checkpoint may come from another device
+            group["fused"] = self.device.type == "cuda" or None
+            for parameter in group["params"]:
+                kept = self.optimizer.state.get(parameter, {})
+                if kept.get("momentum_buffer") is not None:  # in the layout of the parameter
+                    moved = torch.empty_like(parameter).copy_(kept["momentum_buffer"])
+                    kept["momentum_buffer"] = moved
+        own = state | state["others"][self.rank - 1] if self.rank else state
+        self.history, self.names = [row.to(self.device) for row in own["history"]], state["names"]
         self.scores, self.before = state.get("scores", []), state.get("before")
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        if self.rank == 0:
-            torch.set_rng_state(state["random"])
-        if self.rank == 0 and self.device.type == "cuda" and state["random_cuda"] is not None:
-            torch.cuda.set_rng_state(state["random_cuda"], self.device)
+            part.load_state_dict(own[name])
+        if self.rank:
+            for buffer, kept in zip(self.buffers(), own["buffers"], strict=True):
+                buffer.copy_(kept)
+        torch.set_rng_state(own["random"])
+        if self.device.type == "cuda" and own["random_cuda"] is not None:
+            torch.cuda.set_rng_state(own["random_cuda"], self.device)
         return step
 
     def forget_after(self, step: int) -> None:
@@ -529,8 +566,8 @@ def network_of(s) -> dict:
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device has units for bfloat16: without, it is emulated, many times slower than
     float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+    if device.type == "cuda":  # torch's own question says yes to emulation, too
+        return torch.cuda.get_device_capability(device)[0] >= 8
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return device.type == "cpu" and any(getattr(torch.cpu, n, bool)() for n in names)
 

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from test_loop import arguments, metric_lines
 
-from alda import evaluation, loop, losses
+from alda import distributed, evaluation, loop, losses
 from alda.annotation import Rounds
 from alda.datasets import open_dataset
 
@@ -179,6 +180,18 @@ def test_images_of_one_size_pass_together(tiny_world, monkeypatch):
     assert scores[:2] == pytest.approx(scores[2:], abs=1e-5)
 
 
+def test_a_restart_finds_nothing_of_the_start_before(tmp_path):
+    """torchrun's store outlives its processes: those of another start are never met."""
+    store = torch.distributed.HashStore()
+    for start in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            found = [*pool.map(lambda rank: distributed.fresh(store, rank, 3), (2, 0, 1))]
+        assert not any(part.check(["address"]) for part in found)
+        found[0].set("address", f"{start}")
+        assert [part.get("address") for part in found] == [f"{start}".encode()] * 3
+        store.set("hello/1", f"killed {start}")  # before it was welcomed
+
+
 def test_a_batch_that_cannot_be_shared_is_refused(tiny_world, tmp_path):
     words = arguments(tiny_world, tmp_path / "out", strategy="source-only", batch=3)
     done = torchrun(words)
@@ -187,15 +200,21 @@ def test_a_batch_that_cannot_be_shared_is_refused(tiny_world, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_job_and_a_restart_goes_on(trained, tiny_world, tmp_path):
+@pytest.mark.parametrize("strategy", ["ripu", "stal"])
+def test_a_killed_process_ends_the_job_and_a_restart_goes_on(
+    strategy, trained, tiny_world, tmp_path
+):
     """One of two processes is killed: the other ends with a line, torchrun starts both again, and the
     run ends with the bits of one that was never killed."""
     options = {"batch_norm": "frozen", "init": str(trained), "checkpoint_every": 1, "steps": 60}
-    options |= {"strategy": "ripu", "query_steps": "3,20"}
+    options |= {"strategy": strategy, "query_steps": "3,20"}
+    if strategy == "stal":  # dropout and mixed images, which differ from process to process
+        options |= {"batch_norm": "live", "init": "none", "net": "deeplabv3plus", "batch": 4}
+        options["steps"] = 16
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert torchrun(arguments(tiny_world, whole, **options)).returncode == 0
     words = [*arguments(tiny_world, killed, **options), "--resume"]
-    command = [*TORCHRUN, "--standalone", "--max_restarts", "2", "-m", "alda.loop", *words]
+    command = [*TORCHRUN, "--standalone", "--max_restarts", "4", "-m", "alda.loop", *words]
     job = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD
     )
