@@ -93,7 +93,15 @@ def _norm_layer(batch_norm, eps=0.0):
     nn.BatchNorm2d, eps 1e-5."""
     if batch_norm not in ("frozen", "live"):
         raise InputError(f"batch norm is 'frozen' or 'live', not {batch_norm!r}")
-    return partial(FrozenBatchNorm2d, eps=eps) if batch_norm == "frozen" else nn.BatchNorm2d
+    return partial(FrozenNorm, eps=eps) if batch_norm == "frozen" else nn.BatchNorm2d
+
+
+class FrozenNorm(FrozenBatchNorm2d):
+    """torchvision's, which computes in float32; gives back the type that it was given, so that what
+    follows it is bfloat16 under autocast, as behind live batch norm."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).to(x.dtype)
 
 
 def _conv_norm(inputs, outputs, kernel, norm, dilation=1, bias=False):

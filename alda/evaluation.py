@@ -783,6 +783,7 @@ def pick_device(name: str) -> torch.device:
     there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on every GPU
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

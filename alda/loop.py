@@ -157,6 +157,8 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
     run = Run(s, out, device)
     if source is not None and target is not None:
         warn_of_two_sizes(s, run)
+    if s.teacher:
+        check_no_padding(s, target)
     teacher = copy.deepcopy(run.model).requires_grad_(False) if s.teacher else None
     run.parts = {"teacher": teacher} if s.teacher else {}
     start = run.resume()
@@ -228,6 +230,19 @@ def warn_of_two_sizes(s: Settings, run: Run) -> None:
             f"warning: live batch norm sees --source-size {s.source_size} and --target-size "
             f"{s.target_size} apart, but is tested with statistics of both: give one size for the two"
         )
+
+
+def check_no_padding(s: Settings, target) -> None:
+    """Raises InputError where a crop may reach over its image: --teacher would label what is not
+    there."""
+    for size in {s.target_hw or sample.size for sample in target.samples} if s.crop else ():
+        smallest = [round(length * s.scale_range[0]) for length in size]
+        if any(a < b for a, b in zip(smallest, s.crop_hw, strict=True)):
+            raise InputError(
+                f"--teacher labels all that it sees: --crop {s.crop} must fit into images of "
+                f"{size[1]}x{size[0]} at the lowest --scale {s.scale_range[0]:g} "
+                f"({smallest[1]}x{smallest[0]}); give a smaller --crop or a higher scale"
+            )
 
 
 def forward_both(model, source, target) -> list[torch.Tensor | None]:
@@ -789,7 +804,8 @@ def run_strategy(s: Settings, out: Path, device: torch.device) -> None:
         if "before" in result:
             before, after = (f"{100 * x['mIoU19']:.2f}" for x in (result["before"], result))
             print(f"mIoU19 before the first round {before} -> at the end {after}")
-        print(f"run folder {out}" + f", its story {out}/pictures/summary.png" * bool(s.pictures))
+        story = out / "pictures/summary.png"
+        print(f"run folder {out}" + f", its story {story}" * story.is_file())
     barrier()
 
 

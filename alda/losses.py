@@ -152,7 +152,7 @@ def weighted_consistency(
     """STAL's unlabelled loss L_u: cross-entropy with pseudo-labels, weighted by confidence^gamma.
 
     `labels` (N,H,W) pseudo-labels, 255 = unreliable; `confidence` (N,H,W) is the teacher's largest
-    probability; `keep` (N,H,W) bool further thins the pixels (selftraining.keep_by_class). gamma=0
+    probability; `keep` (N,H,W) bool further thins the pixels (stal.keep_by_class). gamma=0
     is the paper's equation, gamma=2 the official code's weighting. The weights are normalised over
     the pixels that count; the official code also sums the weights of ignored pixels, so that
     dropping pixels shrinks its loss (a plain bug, not reproduced).
@@ -272,7 +272,7 @@ def contrastive_sets(
 
     `prob` (N,C,h,w) teacher's probabilities, `labels` (N,h,w) with 255 = none: true labels in the
     first `labelled` images, pseudo-labels in the others; `reliable`, `unreliable` (N,h,w) bool as
-    from selftraining.contrastive_masks. Returns three (C,P) bool, P = N*h*w in raster order:
+    from stal.contrastive_masks. Returns three (C,P) bool, P = N*h*w in raster order:
     members    reliable and (pseudo-)labelled c: their centre is the positive;
     anchors    members with p_c > `threshold`;
     negatives  unreliable and, if unlabelled, c ranked low_rank..high_rank-1 (from 0) among the pixel's probabilities;

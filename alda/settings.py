@@ -163,7 +163,7 @@ class Settings:
         1,
         "schedule",
         "parts that a step's images pass in, one after the other: memory for time (live batch norm sees "
-        "a part at a time)",
+        "a part at a time; a part's loss is the mean over its own labelled pixels)",
         low=1,
         read_by=(*SCHEDULED, *SELF_TRAINING),
     )
@@ -434,7 +434,12 @@ class Settings:
     copy_paste: bool = option(
         True, "STAL", "adaptive copy-paste on labelled images (AEL)", read_by=STAL
     )
-    cutmix: bool = option(True, "STAL", "adaptive CutMix on unlabelled images (AEL)", read_by=STAL)
+    cutmix: bool = option(
+        True,
+        "STAL",
+        "CutMix on unlabelled images (adaptive, AEL), with --teacher",
+        read_by=(*QUERIES, "stal"),
+    )
     class_keep: bool = option(
         True, "STAL", "thin the pseudo-labels of confident classes (AEL)", read_by=STAL
     )
@@ -516,6 +521,8 @@ class Settings:
             )
         if self.scale_range != (1.0, 1.0) and not self.crop:
             raise InputError("--scale needs --crop: the images of a batch must have one size")
+        if self.strategy == "stal" and self.copy_paste and not self.crop:
+            raise InputError("--copy-paste scales images and needs --crop, or give --no-copy-paste")
         if not 0 < self.label_scale <= 8:
             raise InputError(f"--label-scale must be above 0 and at most 8, got {self.label_scale}")
         if not 0 < self.lr < math.inf:
@@ -656,9 +663,18 @@ def without_effect(given: dict, s: Settings) -> list[str]:
             "label_scale",
         }
     if not s.teacher and s.strategy in QUERIES:
-        idle |= given.keys() & {"drop", "unlabelled", "ema"}
+        idle |= given.keys() & {"drop", "unlabelled", "ema", "cutmix"}
+    if s.source_free:
+        idle |= given.keys() & {"consistency", "source_sampling", "source_size"}
+    if s.strategy == "stal" and not s.contrast:
+        idle |= given.keys() & {"bank"}
+        idle |= given.keys() & {"cutmix", "drop", "class_keep"} if not s.unlabelled else set()
     idle |= given.keys() & {"accept_partial"} if s.oracle == "ground-truth" else set()
     idle |= given.keys() & {"pixels"} if s.unit == "region" else set()
+    idle |= given.keys() & {"budget"} if s.unit == "pixel" and s.pixels else set()
+    idle |= given.keys() & {"negative"} if s.strategy == "source-only" else set()
+    idle |= given.keys() & {"mine"} if not s.crop else set()
+    idle |= given.keys() & {"cache_gb"} if not s.cache else set()
     idle |= given.keys() & {"test_size"} if s.protocol == "sliding" else set()
     idle |= given.keys() & {"cache"} if s.scale_range != (1.0, 1.0) else set()
     idle |= given.keys() & {"head"} if s.net == "deeplabv2" else set()

@@ -55,8 +55,8 @@ from alda.run import Run, transform_of
 from alda.selftraining import percentile, reliable_pseudo_labels, update_teacher
 from alda.settings import Settings
 
-# the official list for copy-paste: all train ids but road, sidewalk, building, vegetation and sky
 PASTED = 3  # classes that a batch gets by copy-paste
+# the official list for copy-paste: all train ids but road, sidewalk, building, vegetation and sky
 COPY_PASTE_CLASSES = tuple(c for c in range(19) if c not in (0, 1, 2, 8, 10))
 
 
@@ -385,7 +385,7 @@ def contrastive_masks(
     `labels` (L,H,W) true labels, `pseudo` (U,H,W) pseudo-labels and `uncertainty` (U,H,W) their
     entropy -> (L+U,h,w) uint8 and twice bool, by nearest neighbour. Labelled pixels are both;
     unlabelled ones are reliable up to the 100 share-th percentile of the entropy and unreliable
-    from the 100 (1 - share)-th on (STAL: 20 % and 80 %). `counts` as above. Pseudo-labels by the
+    from the 100 (1 - share)-th on (STAL: 20 % and 80 %). `counts` as in selftraining.percentile. Pseudo-labels by the
     paper's rule label all reliable pixels; those by the code's rule hardly any.
     """
     low, high = (percentile(uncertainty, s, counts) for s in (share, 1 - share))

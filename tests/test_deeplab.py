@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from torchvision.ops import FrozenBatchNorm2d
 
 from alda import InputError, deeplab
 from alda.deeplab import (
@@ -391,6 +392,23 @@ def test_frozen_batch_norm_has_no_parameters_and_never_changes():
     head = DeepLabV3Plus(5, "resnet18", "frozen").aspp.project[1]
     features = torch.randn(1, 512, 3, 3)
     assert torch.equal(head(features), features)  # R14: a new frozen layer is exactly the identity
+
+
+def test_frozen_batch_norm_keeps_the_type_under_autocast():
+    """What is kept for the gradient is bfloat16; in float32 it is torchvision's, bit for bit."""
+    torch.manual_seed(0)
+    x, kept = torch.randn(2, 8, 5, 5), []
+    ours, theirs = DeepLabV2(5, "resnet18", "frozen").backbone.bn1, FrozenBatchNorm2d(64, eps=0.0)
+    for name, value in ours.named_buffers():
+        value.uniform_(0.5, 1.5)
+        getattr(theirs, name).copy_(value)
+    conv = torch.nn.Conv2d(8, 64, 3)
+    assert torch.equal(ours(conv(x)), theirs(conv(x)))
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with torch.autocast("cpu", torch.bfloat16), hooks:
+        out = ours(conv(x)).relu()
+        expected = theirs(conv(x)).relu()
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected.to(torch.bfloat16))
 
 
 def test_live_batch_norm_trains():

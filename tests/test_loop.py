@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from alda import InputError, acquisition, annotation, evaluation, loop, settings
+from alda import run as alda_run
 from alda.annotation import Rounds
 from alda.datasets import open_dataset
 from alda.rounds import budget_pixels, pseudo_schedule, query_schedule, regions_due
@@ -623,9 +624,12 @@ def test_regions_due_follow_the_paper_and_never_pass_the_budget():
                 "crop": "",
                 "scale": "1,1",
                 "source_size": "32x32",
+                "copy_paste": False,
             },
             "give --crop, or equal",
         ),
+        ({"strategy": "stal", "crop": "", "scale": "1,1"}, "or give --no-copy-paste"),
+        ({"teacher": True, "crop": "64x32", "scale": "0.5,1"}, "at the lowest --scale 0.5 (32x16)"),
         ({"strategy": "stal", "source_free": "x.pt", "init": "x.pt"}, "--source-free goes with"),
         ({"source_free": "x.pt", "init": "x.pt", "pseudo": "cbst-sp"}, "take --pseudo cbst"),
         ({"strategy": "cbst", "epochs": 2}, "two ways to say how long"),
@@ -677,6 +681,8 @@ def test_a_lost_network_asks_nothing(tiny_world, tmp_path, capsys, monkeypatch):
 
 def test_score_takes_the_settings_of_the_run(tiny_world, tmp_path, capsys):
     assert loop.main(arguments(tiny_world, tmp_path, strategy="source-only", steps=2)) == 0
+    said = capsys.readouterr().out  # it draws no story
+    assert said.splitlines()[-1] == f"run folder {tmp_path}"
     assert evaluation.main(["score", str(tmp_path), "--json", str(tmp_path / "again.json")]) == 0
     first, again = (
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("result", "again")
@@ -696,6 +702,14 @@ def test_score_takes_the_settings_of_the_run(tiny_world, tmp_path, capsys):
         ("ripu --pseudo cbst --portion 0.3", ""),
         ("full --keep-labels --protocol sliding --test-size 64x32", "--test-size"),
         ("ripu --pixels 4", "--pixels"),
+        ("ripu --teacher --no-cutmix --drop 0.1", ""),
+        ("ripu --no-cutmix", "--cutmix"),
+        ("ripu-pa --pixels 4 --budget 0.1", "--budget"),
+        ("ripu --source-free x --source-size 8x8 --consistency 1", "--consistency, --source-size"),
+        ("stal --unlabelled 0 --contrast 0 --bank 9 --drop 0.1", "--bank, --drop"),
+        ("stal --contrast 0 --bank 9 --drop 0.1", "--bank"),
+        ("stal --unlabelled 0 --drop 0.1", ""),
+        ("source-only --negative 1 --cache-gb 3", "--cache-gb, --negative"),
     ],
 )
 def test_options_that_do_nothing_are_named(words, idle, capsys):
@@ -705,6 +719,73 @@ def test_options_that_do_nothing_are_named(words, idle, capsys):
     assert capsys.readouterr().err == expected
     for field in dataclasses.fields(settings.Settings):
         assert set(field.metadata["read_by"]) <= set(settings.STRATEGIES), field.name
+
+
+def test_a_checkpoint_of_another_device_goes_on_here(tmp_path):
+    """What a GPU saves: momentum in the layout of its weights, SGD in one kernel. The step that follows
+    is the one that follows here."""
+    options = {**SMALL, "strategy": "full", "batch_norm": "live", "lr": 1.0}
+    options = {name: x for name, x in options.items() if name not in ("rounds", "query_steps")}
+    s, device = settings.settings_for(options), torch.device("cpu")
+    for half in (False, True):
+        run = alda_run.Run(s, tmp_path, device)
+        for p in run.model.parameters():
+            p.grad = torch.linspace(-1, 1, p.numel()).view_as(p)
+        run.optimizer.step()
+        state = run.state(1)
+        momentum = state["optimizer"]["state"]
+        if half:
+            for group in state["optimizer"]["param_groups"]:
+                group["fused"] = True
+            for kept in momentum.values():
+                if kept["momentum_buffer"].dim() == 4:
+                    moved = kept["momentum_buffer"].to(memory_format=torch.channels_last)
+                    kept["momentum_buffer"] = moved
+        other = alda_run.Run(s, tmp_path, device)
+        assert other.restore(state) == 1
+        for p, q in zip(run.model.parameters(), other.model.parameters(), strict=True):
+            p.grad = q.grad = torch.ones_like(p)
+            assert other.optimizer.state[q]["momentum_buffer"].stride() == q.stride()
+        assert not any(group["fused"] for group in other.optimizer.param_groups)
+        run.optimizer.step()
+        other.optimizer.step()
+        for p, q in zip(run.model.parameters(), other.model.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+def test_each_process_goes_on_with_what_is_its_own(tmp_path, monkeypatch):
+    s = settings.settings_for({**SMALL, "strategy": "ripu"})
+    first, second = (alda_run.Run(s, tmp_path, torch.device("cpu")) for _ in range(2))
+    first.history, second.history = [torch.zeros(2)], [torch.ones(2)]
+    torch.manual_seed(7)
+    owned = second.own()
+    expected = torch.rand(3)
+    torch.manual_seed(8)
+    monkeypatch.setattr(alda_run, "gather_list", lambda own: [*own, owned])
+    first.save(3)
+    again = alda_run.Run(s, tmp_path, torch.device("cpu"))
+    again.rank = 1
+    assert again.restore(torch.load(tmp_path / "checkpoints/last.pt", weights_only=True)) == 3
+    assert torch.equal(torch.rand(3), expected) and again.history[0].sum() == 2
+
+
+def test_what_the_device_can_do(monkeypatch):
+    for capability, there in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, x=capability: x)
+        assert alda_run.has_bfloat16(torch.device("cuda")) == there
+    torch.backends.cudnn.allow_tf32 = True
+    evaluation.pick_device("cpu")
+    assert torch.backends.cudnn.allow_tf32 is False
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_a_run_on_the_cpu_leaves_the_gpu_alone(device, monkeypatch, tiny_world):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(alda_run, "load", lambda *_, **kinds: seen.append(kinds) or [])
+    s = settings.settings_for({**SMALL, "strategy": "full", "device": device})
+    alda_run.batches(s, open_dataset("cityscapes", tiny_world), 0, 2, None)
+    assert seen[0]["pin_memory"] == (device == "auto")
 
 
 def test_unknown_options_and_wrong_types_are_one_line(capsys):
