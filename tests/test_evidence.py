@@ -36,10 +36,11 @@ def test_differences_are_paired_by_seed():
         ("stal:unlabelled:strong@0.05", "stal:supervised", "stal:supervised:strong@0.05"),
         ("stal:unlabelled:light@0.05", "stal:supervised", "stal:supervised@0.05"),
         ("ripu+cbst@0.005", "ripu", "ripu@0.005"),
+        ("ripu:teacher:light@0.005", "ripu", "ripu@0.005"),
     ],
 )
 def test_a_row_is_compared_with_its_own_kind(row, against, expected):
-    rows = ["random:low-rate:long@0.05", "random:pa", "stal:supervised:strong@0.05"]
+    rows = [row, "random:low-rate:long@0.05", "random:pa", "stal:supervised:strong@0.05"]
     assert evidence.compared_with(row, against, rows) == expected
 
 

@@ -80,6 +80,7 @@ VARIANTS = {  # STRATEGY:VARIANT and what it adds; * is every strategy
     "*:teacher": ["--teacher"],
     "*:strong": [],  # from the network of a finished run of STRONG
     "*:light": ["--unlabelled", "0.1"],
+    "*:mixed": ["--unlabelled", "0"],  # CutMix and the teacher's average, no pseudo-label
     "*:sure": ["--drop", "0.8"],
     "*:slow": ["--ema", "0.999"],
     "*:pa": ["--unit", "pixel", "--pixels", "40"],  # single pixels, as many as ripu-pa's
@@ -197,13 +198,13 @@ def paired(mine: dict, other: dict) -> str:
 
 def compared_with(row: str, against: str, rows) -> str:
     """The one of `rows` that `row` is measured against: of the same budget, or pixels an image, and of
-    the same variants (twice the steps, say), as many of its last ones as there is a row for."""
+    the same variants (twice the steps, say), as many of its last ones as there is another row for."""
     strategy, variants, _, budget = split(row)
     variants = ["pa"] if strategy == "ripu-pa" else variants
     budget = f"@{budget}" if budget else ""
     for i in range(len(variants)):
         alike = ":".join([against, *variants[i:]]) + budget
-        if alike in rows:
+        if alike in rows and alike != row:
             return alike
     return against + budget
 
