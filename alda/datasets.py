@@ -814,9 +814,8 @@ class ImageCache:
     size.
 
     Its name holds the dataset's fingerprint and when each image was last written: other images never
-    read it. At most `most` bytes: images
-    beyond are decoded every time. Whether an image is there is a byte of its own, written after it.
-    `size` is (h, w). Raises InputError where the file cannot be made.
+    read it. At most `most` bytes: images beyond are decoded every time. Whether an image is there is a
+    byte of its own, written after it. `size` is (h, w). Raises InputError where the file cannot be made.
     """
 
     def __init__(self, folder: Path, dataset: "SegmentationDataset", size, most: float):

@@ -97,8 +97,8 @@ def _norm_layer(batch_norm, eps=0.0):
 
 
 class FrozenNorm(FrozenBatchNorm2d):
-    """torchvision's, which computes in float32; gives back the type that it was given, so that what
-    follows it is bfloat16 under autocast, as behind live batch norm."""
+    """torchvision's, (N,K,h,w) -> the same shape. That one gives back float32 under autocast; this one
+    the type that it was given, so that what follows is bfloat16, as behind live batch norm."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x).to(x.dtype)

@@ -120,6 +120,9 @@ def summary(matrix: torch.Tensor, names: tuple[str, ...] = NAMES) -> dict:
     return result
 
 
+TOY_MARK = "TOY: numbers on the miniature world\n"  # above every report on it
+
+
 def describe(result: dict) -> str:
     """A summary as text: one line a class, then the means, the absent classes and the protocol."""
     lines = [
@@ -483,7 +486,7 @@ def comparison_text(rows: list[dict]) -> str:
     for fact, *values in rest:
         cells = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
         table.append("  ".join([fact.ljust(widths[0]), *cells]))
-    mark = "TOY: numbers on the miniature world\n" if any(row["toy"] for row in rows) else ""
+    mark = TOY_MARK if any(row["toy"] for row in rows) else ""
     alike = "".join(f"{fact}: {values[0]}\n" for fact, *values in same)
     return mark + alike + "\n" + "\n".join(table) + means_text(rows)
 
@@ -771,7 +774,7 @@ def _command(args: argparse.Namespace) -> int:
         "toy": root == "toy",
         **({"finished": False} if unfinished(args.checkpoint) else {}),
     }
-    print("TOY: numbers on the miniature world\n" * result["toy"] + describe(result))
+    print(TOY_MARK * result["toy"] + describe(result))
     if args.json:
         text = json.dumps(result, indent=1)
         write_output(args.json, lambda file: file.write(text.encode()))

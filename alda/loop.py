@@ -235,7 +235,9 @@ def warn_of_two_sizes(s: Settings, run: Run) -> None:
 def check_no_padding(s: Settings, target) -> None:
     """Raises InputError where a crop may reach over its image: --teacher would label what is not
     there."""
-    for size in {s.target_hw or sample.size for sample in target.samples} if s.crop else ():
+    if not s.crop:
+        return
+    for size in {s.target_hw or sample.size for sample in target.samples}:
         smallest = [round(length * s.scale_range[0]) for length in size]
         if any(a < b for a, b in zip(smallest, s.crop_hw, strict=True)):
             raise InputError(

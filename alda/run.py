@@ -46,9 +46,9 @@ from alda.datasets import (
     write_atomic,
 )
 from alda.distributed import (
+    all_gather_list,
     all_reduce_number,
     barrier,
-    gather_list,
     mean_over_processes,
     rank_and_world,
     say,
@@ -78,15 +78,14 @@ def batches(s, dataset: SegmentationDataset, step: int, stream: int, labels_of):
     if s.cache and transform.size and transform.scale == (1.0, 1.0):
         cache = ImageCache(Path(s.cache), dataset, transform.size, s.cache_gb * 1e9 / 2)
     view = TrainingView(dataset, transform, mix_seed(s.seed, stream, 1), labels_of, cache)
-    return iter(
-        load(
-            view,
-            s.workers,
-            batch_size=s.batch // world,
-            sampler=sampler,
-            pin_memory=torch.cuda.is_available() and s.device != "cpu",
-        )
-    )
+    return endless(s, view, sampler)
+
+
+def endless(s, dataset, sampler: EndlessSampler):
+    """The iterator over this process's batches of what `sampler` draws from `dataset`."""
+    pinned = torch.cuda.is_available() and s.device != "cpu"
+    size = s.batch // rank_and_world()[1]
+    return iter(load(dataset, s.workers, batch_size=size, sampler=sampler, pin_memory=pinned))
 
 
 def transform_of(s, stream: int, crop_at=None, scale=None) -> JointTransform:
@@ -114,16 +113,7 @@ def mixed_batches(
     rank, world = rank_and_world()
     sampler = EndlessSampler(len(entries), seed, rank, world)
     sampler.load_state_dict({"position": step * s.batch})
-    mixture = Mixture(views, entries)
-    return iter(
-        load(
-            mixture,
-            s.workers,
-            batch_size=s.batch // world,
-            sampler=sampler,
-            pin_memory=torch.cuda.is_available() and s.device != "cpu",
-        )
-    )
+    return endless(s, Mixture(views, entries), sampler)
 
 
 def next_batch(iterator, device):
@@ -298,15 +288,13 @@ class Run:
         it cannot be written, and Stopped where a signal has asked for it."""
         # a network that is lost is never saved, and never asks an annotator
         self.finite_losses(step)
-        _, *others = gather_list([self.own()]) or [None]
+        state = self.state(step)
         if self.rank == 0:
             check_folder(self.out)
             path = self.out / "checkpoints" / "last.pt"
             path.parent.mkdir(parents=True, exist_ok=True)
             work = path.with_name("next.pt")
-            write_atomic(
-                work, lambda file: torch.save({**self.state(step), "others": others}, file)
-            )
+            write_atomic(work, lambda file: torch.save(state, file))
             if path.is_file():
                 os.replace(path, path.with_name("previous.pt"))
             os.replace(work, path)
@@ -324,7 +312,8 @@ class Run:
             raise Stopped
 
     def state(self, step: int) -> dict:
-        """What a checkpoint holds: tensors and plain values."""
+        """What a checkpoint holds: tensors and plain values. Collective."""
+        owned = all_gather_list([self.own()])
         return {
             "network": self.network,
             "run": run_identity(self.s),
@@ -336,7 +325,8 @@ class Run:
             "lines": self.lines,
             "before": self.before,
             **{name: part.state_dict() for name, part in self.parts.items()},
-            **self.own(),
+            **owned[0],
+            "others": owned[1:],
         }
 
     def buffers(self) -> list[torch.Tensor]:
@@ -345,8 +335,8 @@ class Run:
         return [buffer for module in (self.model, *modules) for buffer in module.buffers()]
 
     def own(self) -> dict:
-        """What of a checkpoint is this process's own: in "others" it stands once for each process
-        but the first."""
+        """What of a checkpoint is this process's own, on the CPU: the first one's stands in the
+        checkpoint itself, those of the others in its "others"."""
         on_cuda = self.device.type == "cuda"
         parts = {}
         for name in [name for name in ("images", "partners") if name in self.parts]:
@@ -414,15 +404,10 @@ class Run:
         if type(step) is not int or not 0 <= step <= self.s.steps:
             raise ValueError(f"it is of step {step!r}, the run has {self.s.steps}")
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:  # the checkpoint may come from another device
-            group["fused"] = self.device.type == "cuda" or None
-            for parameter in group["params"]:
-                kept = self.optimizer.state.get(parameter, {})
-                if kept.get("momentum_buffer") is not None:  # in the layout of the parameter
-                    moved = torch.empty_like(parameter).copy_(kept["momentum_buffer"])
-                    kept["momentum_buffer"] = moved
-        own = state | state["others"][self.rank - 1] if self.rank else state
+        self.load_optimizer(state["optimizer"])
+        own = state
+        if self.rank:
+            own = state | state["others"][self.rank - 1]
         self.history, self.names = [row.to(self.device) for row in own["history"]], state["names"]
         self.scores, self.before = state.get("scores", []), state.get("before")
         for name, part in self.parts.items():
@@ -434,6 +419,17 @@ class Run:
         if self.device.type == "cuda" and own["random_cuda"] is not None:
             torch.cuda.set_rng_state(own["random_cuda"], self.device)
         return step
+
+    def load_optimizer(self, state: dict) -> None:
+        """Takes over an optimizer's state that another device may have saved: momentum comes into the
+        memory layout of its parameter, and SGD is fused where it is here."""
+        self.optimizer.load_state_dict(state)
+        for group in self.optimizer.param_groups:
+            group["fused"] = self.device.type == "cuda" or None
+        for parameter, kept in self.optimizer.state.items():
+            if kept.get("momentum_buffer") is not None:
+                moved = torch.empty_like(parameter).copy_(kept["momentum_buffer"])
+                kept["momentum_buffer"] = moved
 
     def forget_after(self, step: int) -> None:
         """Drops the lines of metrics.jsonl after `step`: they will be written again."""

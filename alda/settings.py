@@ -437,7 +437,7 @@ class Settings:
     cutmix: bool = option(
         True,
         "STAL",
-        "CutMix on unlabelled images (adaptive, AEL), with --teacher",
+        "CutMix: stal's unlabelled images (adaptive, AEL); queried ones with --teacher",
         read_by=(*QUERIES, "stal"),
     )
     class_keep: bool = option(
@@ -652,33 +652,27 @@ def without_effect(given: dict, s: Settings) -> list[str]:
     them."""
     readers = {field.name: field.metadata["read_by"] for field in dataclasses.fields(Settings)}
     idle = {name for name in given if s.strategy not in readers[name]}
-    if s.pseudo == "none" and s.strategy in QUERIES:
-        idle |= given.keys() & {
-            "portion",
-            "portion_step",
-            "portion_max",
-            "pseudo_steps",
-            "pseudo_weight",
-            "label_flip",
-            "label_scale",
-        }
-    if not s.teacher and s.strategy in QUERIES:
-        idle |= given.keys() & {"drop", "unlabelled", "ema", "cutmix"}
-    if s.source_free:
-        idle |= given.keys() & {"consistency", "source_sampling", "source_size"}
-    if s.strategy == "stal" and not s.contrast:
-        idle |= given.keys() & {"bank"}
-        idle |= given.keys() & {"cutmix", "drop", "class_keep"} if not s.unlabelled else set()
-    idle |= given.keys() & {"accept_partial"} if s.oracle == "ground-truth" else set()
-    idle |= given.keys() & {"pixels"} if s.unit == "region" else set()
-    idle |= given.keys() & {"budget"} if s.unit == "pixel" and s.pixels else set()
-    idle |= given.keys() & {"negative"} if s.strategy == "source-only" else set()
-    idle |= given.keys() & {"mine"} if not s.crop else set()
-    idle |= given.keys() & {"cache_gb"} if not s.cache else set()
-    idle |= given.keys() & {"test_size"} if s.protocol == "sliding" else set()
-    idle |= given.keys() & {"cache"} if s.scale_range != (1.0, 1.0) else set()
-    idle |= given.keys() & {"head"} if s.net == "deeplabv2" else set()
-    idle |= given.keys() & {"source_steps"} if s.init not in ("imagenet", "none") else set()
+    asks, none = s.strategy in QUERIES, not (s.unlabelled or s.contrast)
+    self_taught = {"portion", "portion_step", "portion_max", "pseudo_steps", "pseudo_weight"}
+    unread = (  # where, what
+        (asks and s.pseudo == "none", self_taught | {"label_flip", "label_scale"}),
+        (asks and not s.teacher, {"drop", "unlabelled", "ema", "cutmix"}),
+        (s.source_free, {"consistency", "source_sampling", "source_size"}),
+        (s.strategy == "stal" and not s.contrast, {"bank"}),
+        (s.strategy == "stal" and none, {"cutmix", "drop", "class_keep"}),
+        (s.strategy == "source-only", {"negative"}),
+        (s.oracle == "ground-truth", {"accept_partial"}),
+        (s.unit == "region", {"pixels"}),
+        (s.unit == "pixel" and s.pixels, {"budget"}),
+        (not s.crop, {"mine"}),
+        (not s.cache, {"cache_gb"}),
+        (s.protocol == "sliding", {"test_size"}),
+        (s.scale_range != (1.0, 1.0), {"cache"}),
+        (s.net == "deeplabv2", {"head"}),
+        (s.init not in ("imagenet", "none"), {"source_steps"}),
+    )
+    for here, names in unread:
+        idle |= given.keys() & names if here else set()
     return [f"--{name.replace('_', '-')}" for name in sorted(idle)]
 
 

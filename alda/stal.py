@@ -385,8 +385,9 @@ def contrastive_masks(
     `labels` (L,H,W) true labels, `pseudo` (U,H,W) pseudo-labels and `uncertainty` (U,H,W) their
     entropy -> (L+U,h,w) uint8 and twice bool, by nearest neighbour. Labelled pixels are both;
     unlabelled ones are reliable up to the 100 share-th percentile of the entropy and unreliable
-    from the 100 (1 - share)-th on (STAL: 20 % and 80 %). `counts` as in selftraining.percentile. Pseudo-labels by the
-    paper's rule label all reliable pixels; those by the code's rule hardly any.
+    from the 100 (1 - share)-th on (STAL: 20 % and 80 %). `counts` as in
+    selftraining.percentile. Pseudo-labels by the paper's rule label all reliable pixels; those by the
+    code's rule hardly any.
     """
     low, high = (percentile(uncertainty, s, counts) for s in (share, 1 - share))
     masks = torch.stack([uncertainty <= low, uncertainty >= high])

@@ -761,7 +761,7 @@ def test_each_process_goes_on_with_what_is_its_own(tmp_path, monkeypatch):
     owned = second.own()
     expected = torch.rand(3)
     torch.manual_seed(8)
-    monkeypatch.setattr(alda_run, "gather_list", lambda own: [*own, owned])
+    monkeypatch.setattr(alda_run, "all_gather_list", lambda own: [*own, owned])
     first.save(3)
     again = alda_run.Run(s, tmp_path, torch.device("cpu"))
     again.rank = 1
@@ -773,7 +773,7 @@ def test_what_the_device_can_do(monkeypatch):
     for capability, there in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, x=capability: x)
         assert alda_run.has_bfloat16(torch.device("cuda")) == there
-    torch.backends.cudnn.allow_tf32 = True
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     evaluation.pick_device("cpu")
     assert torch.backends.cudnn.allow_tf32 is False
 
