@@ -285,7 +285,7 @@ def losses_of_queries(s: Settings, source, source_logits, target, target_logits)
             labels = torch.where(guessed, labels - PSEUDO, IGNORE)
             loss["pseudo"] = cross_entropy(target_logits, labels)
         if s.teacher:
-            guesses = target[2:]  # nothing before the first round
+            guesses = target[2:]  # none before the first round, and with --unlabelled 0
             loss["unlabelled"] = target_logits.sum() * 0
             if guesses:
                 loss["unlabelled"] = unlabelled_loss(s, target_logits, *guesses)

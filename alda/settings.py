@@ -657,6 +657,7 @@ def without_effect(given: dict, s: Settings) -> list[str]:
     unread = (  # where, what
         (asks and s.pseudo == "none", self_taught | {"label_flip", "label_scale"}),
         (asks and not s.teacher, {"drop", "unlabelled", "ema", "cutmix"}),
+        (asks and not s.unlabelled, {"drop"}),
         (s.source_free, {"consistency", "source_sampling", "source_size"}),
         (s.strategy == "stal" and not s.contrast, {"bank"}),
         (s.strategy == "stal" and none, {"cutmix", "drop", "class_keep"}),

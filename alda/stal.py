@@ -543,22 +543,25 @@ def plain_logits(run: Run, teacher, images, others: Others | None) -> torch.Tens
 @torch.no_grad()
 def taught(s: Settings, run: Run, teacher, batch, drop: float, generator) -> list[torch.Tensor]:
     """A queried target batch [images (N,3,H,W), labels (N,H,W)] with what the mean teacher says of the
-    pixels that have no label: [images, labels, pseudo-labels (N,H,W) uint8, its confidence (N,H,W)].
+    pixels that have no label: [images, labels, pseudo-labels (N,H,W) uint8, its confidence (N,H,W)],
+    without the last two where --unlabelled 0 gives them no weight.
 
     --teacher, this project's combination: the teacher in eval mode on the plain images, the share
     `drop` of highest entropy left out (STAL Eqs. 5-7), then CutMix: half of each image is cut from the
     next one of the batch, labels and pseudo-labels alike.
     """
     images, labels = batch
-    prob = plain_logits(run, teacher, images, None).softmax(1)
-    pseudo = reliable_pseudo_labels(prob, drop, s.rules, labels == IGNORE)
-    confidence = prob.amax(1)
+    given = [images, labels]
+    if s.unlabelled:
+        prob = plain_logits(run, teacher, images, None).softmax(1)
+        pseudo = reliable_pseudo_labels(prob, drop, s.rules, labels == IGNORE)
+        given += [pseudo, prob.amax(1)]
     if not s.cutmix or len(images) < 2:
-        return [images, labels, pseudo, confidence]
+        return given
     u = torch.rand(len(images), 4, generator=generator, device=images.device)
     no_class = NUM_CLASSES  # the box of a class that is absent is half of the image
-    boxes = torch.stack([class_box(pseudo[n], no_class, u[n]) for n in range(len(images))])
-    return [cutmix(x, x.roll(1, 0), boxes) for x in (images, labels, pseudo, confidence)]
+    boxes = torch.stack([class_box(labels[n], no_class, u[n]) for n in range(len(images))])
+    return [cutmix(x, x.roll(1, 0), boxes) for x in given]
 
 
 @torch.no_grad()

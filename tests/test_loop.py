@@ -703,6 +703,7 @@ def test_score_takes_the_settings_of_the_run(tiny_world, tmp_path, capsys):
         ("full --keep-labels --protocol sliding --test-size 64x32", "--test-size"),
         ("ripu --pixels 4", "--pixels"),
         ("ripu --teacher --no-cutmix --drop 0.1", ""),
+        ("ripu --teacher --unlabelled 0 --drop 0.1", "--drop"),
         ("ripu --no-cutmix", "--cutmix"),
         ("ripu-pa --pixels 4 --budget 0.1", "--budget"),
         ("ripu --source-free x --source-size 8x8 --consistency 1", "--consistency, --source-size"),

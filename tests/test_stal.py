@@ -839,6 +839,11 @@ def test_a_taught_batch_labels_what_nobody_was_asked_for_and_is_mixed_alike():
     same = T.taught(s, run, model, [images, labels], 0.25, generator)
     share = (same[2] != 255).sum() / (labels == 255).sum()
     assert torch.equal(same[0], images) and share == pytest.approx(0.75, abs=0.01)
+    # without weight no pass of the teacher, and the same boxes
+    s = settings_for({"strategy": "ripu", "teacher": True, "unlabelled": 0.0})
+    generator.manual_seed(3)
+    alone = T.taught(s, run, None, [images, labels], 0.25, generator)
+    assert len(alone) == 2 and torch.equal(alone[0], mixed) and torch.equal(alone[1], bought)
 
 
 def test_a_run_with_a_teacher(tiny_world, tmp_path):
