@@ -41,8 +41,8 @@ Differences from papers and official code:
       reproduced, because the published numbers were made with it. --init none needs live batch
       norm.
  D22. STAL's 3-convolution stem has no torchvision weights: the default network has torchvision's
-      stem; stem='deep' reads STAL's own checkpoints. CRST's network pools with ceil_mode by
-      recollection, not by a recorded output.
+      stem; what starts from STAL's own checkpoint has stem='deep'. CRST's network pools with
+      ceil_mode by recollection, not by a recorded output.
 """
 
 import hashlib
@@ -469,10 +469,11 @@ class DeepLabV3Plus(nn.Module):
 
 def checkpoint_blocks(model):
     """Activation checkpointing (Chen et al., arXiv 1604.06174), in place: every block of the backbone
-    keeps its input alone and is computed again for its gradient. Memory for time; the same bits.
+    keeps its input alone and is computed again for its gradient. Memory for time; the same outputs and
+    gradients.
 
     The second pass must not move the running statistics of live batch norm again: its momentum is 0
-    meanwhile."""
+    meanwhile (`num_batches_tracked`, which nothing reads, counts both passes)."""
     kinds = (BasicBlock, Bottleneck, InvertedResidual)
     for block in [m for m in model.backbone.modules() if isinstance(m, kinds)]:
         norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -628,6 +629,22 @@ def _rename(state, names):
     return renamed
 
 
+# the arguments of `build` for the files of official code; names and shapes do not tell them all:
+# CRST's weights also fit a network with other strides
+OFFICIAL_NETWORKS = {
+    "stal": {"net": "deeplabv3plus", "batch_norm": "live"}
+    | {"stem": "deep", "multi_grid": (2, 2, 4), "aspp": "dense"},
+    "crst": {"net": "deeplabv2", "batch_norm": "live", "caffe": True},
+}
+
+
+def network_in(content, path):
+    """The arguments of `build` that belong to the weights in `content`, what `read` gave of the file
+    `path`: a checkpoint of this package says them, STAL's and CRST's layouts imply them; {} for
+    others (RIPU's network is `build`'s default). Raises InputError."""
+    return content.get("network") or OFFICIAL_NETWORKS.get(layout_of(content, path), {})
+
+
 def load_checkpoint(model, path, which="model"):
     """Fill `model` from a file and return the name of the file's layout.
 
@@ -642,23 +659,27 @@ def load_checkpoint(model, path, which="model"):
     files hold as scores). Strict: raises InputError that lists the missing, unexpected and
     mis-shaped names, and changes nothing, when the file does not fit; only `num_batches_tracked`
     may be missing or too many, so files pass between frozen and live batch norm. A representation
-    or auxiliary head of which the file holds nothing stays as it is, and a line says so. Weights
-    trained with live batch norm (epsilon 1e-5) change their function slightly under frozen (no
-    epsilon).
+    or auxiliary head of which the file holds nothing stays as it is, one that the network has not is
+    left out, and a line says so. Weights trained with live batch norm (epsilon 1e-5) change their
+    function slightly under frozen (no epsilon).
     """
     if which not in ("model", "teacher"):
         raise InputError(f"which is 'model' or 'teacher', not {which!r}")
     layout, state = _state_of(read(path), which, path)
+    if layout == "torchvision":
+        _fill(model, state, "backbone.", f"{path} ({layout} layout)")
+        return layout
     own = model.state_dict()
     for head in ("representation.", "auxiliary."):
-        if (
-            layout == "alda"
-            and any(name.startswith(head) for name in own)
-            and not any(n.startswith(head) for n in state)
-        ):
+        built = {name: tensor for name, tensor in own.items() if name.startswith(head)}
+        held = [name for name in state if name.startswith(head)]
+        if built and not held:
             print(f"{path} holds no {head[:-1]} head: it starts from random weights", flush=True)
-            state |= {name: tensor for name, tensor in own.items() if name.startswith(head)}
-    _fill(model, state, "backbone." if layout == "torchvision" else "", f"{path} ({layout} layout)")
+            state |= built
+        elif held and not built:
+            print(f"{path} holds a {head[:-1]} head: it is left out here", flush=True)
+            state = {name: tensor for name, tensor in state.items() if name not in held}
+    _fill(model, state, "", f"{path} ({layout} layout)")
     return layout
 
 
@@ -719,6 +740,24 @@ def damaged_part(path):
         return file.testzip()
 
 
+def layout_of(content, path):
+    """The name of the layout of a file's content, see `load_checkpoint`. Raises InputError."""
+    if "model_state" in content or "teacher_state" in content:
+        return "stal"
+    modules = {str(name).removeprefix("module.").split(".")[0] for name in content}
+    if modules & {"model", "teacher", "backbone"}:
+        return "alda"
+    if "feature_extractor" in content:
+        return "ripu"
+    if "layer5" in modules:
+        return "crst"
+    if modules & {"layer4", "features"}:
+        return "torchvision"
+    raise InputError(
+        f"{path} has an unknown layout; it holds {', '.join(map(str, list(content)[:10]))}"
+    )
+
+
 def _state_of(content, which, path):
     """(layout, {our name: tensor}) of a file's content; see `load_checkpoint` for the layouts."""
 
@@ -729,22 +768,15 @@ def _state_of(content, which, path):
             )
         return content[key]
 
-    if "model_state" in content or "teacher_state" in content:
-        return "stal", _rename(part(f"{which}_state"), STAL_NAMES)
+    layout = layout_of(content, path)
+    if layout == "stal":
+        return layout, _rename(part(f"{which}_state"), STAL_NAMES)
     if "model" in content or which == "teacher":
-        return "alda", _rename(part(which), ())
-    if "feature_extractor" in content:
-        return "ripu", _rename({**part("feature_extractor"), **part("classifier")}, RIPU_NAMES)
-    modules = {str(name).removeprefix("module.").split(".")[0] for name in content}
-    if "backbone" in modules:
-        return "alda", _rename(content, ())
-    if "layer5" in modules:
-        return "crst", _rename(content, CRST_NAMES)
-    if modules & {"layer4", "features"}:
-        return "torchvision", _rename(content, TORCHVISION_NAMES)
-    raise InputError(
-        f"{path} has an unknown layout; it holds {', '.join(map(str, list(content)[:10]))}"
-    )
+        return layout, _rename(part(which), ())
+    if layout == "ripu":
+        return layout, _rename({**part("feature_extractor"), **part("classifier")}, RIPU_NAMES)
+    names = {"alda": (), "crst": CRST_NAMES, "torchvision": TORCHVISION_NAMES}
+    return layout, _rename(content, names[layout])
 
 
 def _fill(model, state, prefix, source):

@@ -607,8 +607,9 @@ def load_run(path: str | Path, device, which: str | None = None, network: dict |
     """A trained network in eval mode, from a run's folder, its checkpoints/last.pt, or an official
     checkpoint.
 
-    Our own files say how their network is built; for others `network` holds the arguments of
-    `deeplab.build` (default: RIPU's DeepLabV2 on ResNet-101 with frozen batch norm). `which` is
+    Our own files, and STAL's and CRST's, say how their network is built (`deeplab.network_in`); for
+    others `network` holds the arguments of `deeplab.build` (default: RIPU's DeepLabV2 on ResNet-101
+    with frozen batch norm). `which` is
     "model" or "teacher"; by default the teacher of our own files that hold one, as in their run's
     report, else the model. Raises InputError.
     """
@@ -617,13 +618,9 @@ def load_run(path: str | Path, device, which: str | None = None, network: dict |
     if not file.is_file():
         raise InputError(f"{file}: no checkpoint there; give a run's folder or a checkpoint file")
     content = deeplab.read(file)
-    own = content.get("network")
-    which = which or ("teacher" if own and "teacher" in content else "model")
-    return (
-        deeplab.build(**(own or network or {"net": "deeplabv2"}), init=str(file), which=which)
-        .to(device)
-        .eval()
-    )
+    which = which or ("teacher" if "network" in content and "teacher" in content else "model")
+    network = {**(network or {"net": "deeplabv2"}), **deeplab.network_in(content, file)}
+    return deeplab.build(**network, init=str(file), which=which).to(device).eval()
 
 
 def write_predictions(
@@ -681,7 +678,7 @@ def main(argv: list[str] | None = None) -> int:
         sub.add_argument(
             "--net",
             default="deeplabv2",
-            help="network of an official checkpoint (our own files say theirs)",
+            help="network of RIPU's checkpoint (our own, STAL's and CRST's files say theirs)",
         )
         sub.add_argument(
             "--backbone", default="resnet101", help="backbone of an official checkpoint"

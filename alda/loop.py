@@ -370,7 +370,7 @@ def source_counts(s: Settings, images: int) -> list[int]:
 
 def check_one_size(s: Settings) -> None:
     """Raises InputError where source and target images of one batch would have different sizes."""
-    if not s.crop and s.source_size != s.target_size:
+    if not s.crop and s.source_hw != s.target_hw:
         raise InputError(
             "source and target images share a batch here: give --crop, or equal --source-size and "
             "--target-size"
@@ -411,7 +411,7 @@ def train_source(s: Settings, out: Path, device: torch.device) -> Settings:
     """Trains `source-only` in OUT/source, or goes on with it; returns the settings that start from
     its network."""
     default = settings_for({"strategy": "source-only", "root": s.root})
-    kept = ("lr", "batch", "source_sampling", "consistency", "negative")
+    kept = ("lr", "source_sampling", "consistency", "negative")
     own = replace(
         s,
         strategy="source-only",
@@ -434,8 +434,7 @@ def train_source(s: Settings, out: Path, device: torch.device) -> Settings:
             write_atomic(written, json.dumps(result, indent=1))
         say(f"source-only: mIoU19 {100 * result['mIoU19']:.2f}")
         barrier()
-    batch_norm = deeplab.read(last)["network"]["batch_norm"]
-    return replace(s, init=str(last), batch_norm=batch_norm)
+    return replace(s, init=str(last))
 
 
 # ----------------------------------------------------- self-training with whole-image queries: STAL
@@ -457,7 +456,7 @@ def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
     draw_source_images(s, source)
     counts = images_due(s, len(target))
     starts = round_starts(s, [len(target) - asked for asked in np.cumsum(counts).tolist()])
-    s = replace(s, steps=starts[-1])
+    s = replace(s, steps=starts[-1], poly_steps=0)
     rounds, run = Rounds(out / "rounds"), Run(s, out, device)
     state = StalState(s, run, target)
     run.parts = state.parts()
@@ -751,12 +750,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_shares(s: Settings) -> None:
-    """Raises InputError where --batch cannot be shared by all processes in --accumulate parts."""
-    processes = rank_and_world()[1]
-    if s.batch % (processes * s.accumulate):
+    """Raises InputError where --batch cannot be shared by all processes in --accumulate parts, or
+    leaves --teacher's CutMix nothing to mix."""
+    processes, parts = rank_and_world()[1], 1 if s.strategy == "stal" else s.accumulate
+    if s.batch % (processes * parts):
         raise InputError(
             f"--batch {s.batch} cannot be shared by {processes} processes in --accumulate "
-            f"{s.accumulate} parts: give a multiple of {processes * s.accumulate}"
+            f"{parts} parts: give a multiple of {processes * parts}"
+        )
+    if s.teacher and s.cutmix and s.batch == processes:
+        raise InputError(
+            "--teacher mixes the images that a process has (CutMix), and each has one of "
+            f"--batch {s.batch}: give --batch {2 * processes}, or --no-cutmix"
         )
 
 

@@ -544,12 +544,16 @@ def one_line_errors(
 
 
 def network_of(s) -> dict:
-    """The arguments of deeplab.build that the settings ask for; a checkpoint keeps them."""
+    """The arguments of deeplab.build that the settings ask for, and what the weights of a file in
+    --init need beside them; a checkpoint keeps them."""
+    from_file = s.init not in ("imagenet", "none")
+    start = deeplab.network_in(deeplab.read(s.init), s.init) if from_file else {}
     batch_norm = s.batch_norm
     if batch_norm == "auto":
         live = s.init == "none" or s.backbone == "mobilenet_v2"
-        batch_norm = "live" if live else "frozen"
+        batch_norm = start.get("batch_norm", "live" if live else "frozen")
     network = {"net": s.net, "backbone": s.backbone, "batch_norm": batch_norm}
+    network |= {name: start[name] for name in ("stem", "caffe", "multi_grid") if name in start}
     if s.net == "deeplabv3plus" and s.head == "stal":
         network["aspp"] = "dense"
         if s.backbone != "mobilenet_v2":

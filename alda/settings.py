@@ -133,7 +133,7 @@ class Settings:
     batch_norm: str = option(
         "auto",
         "network",
-        "auto: live with --init none and on mobilenet_v2, else frozen",
+        "auto: as the file of --init says, else live with --init none and on mobilenet_v2, else frozen",
         choices=("auto", "frozen", "live"),
     )
 
@@ -156,7 +156,8 @@ class Settings:
     batch: int = option(
         2,
         "schedule",
-        "images a step, of the source and of the target each; over all processes of torchrun",
+        "images a step, of the source and of the target each (cbst, cbst-sp, st: of both together; "
+        "stal: labelled and unlabelled); over all processes of torchrun",
         low=1,
     )
     accumulate: int = option(
@@ -527,7 +528,7 @@ class Settings:
             raise InputError(f"--label-scale must be above 0 and at most 8, got {self.label_scale}")
         if not 0 < self.lr < math.inf:
             raise InputError(f"--lr must be above 0, got {self.lr}")
-        if 0 < self.poly_steps < self.steps:
+        if self.strategy in SCHEDULED and 0 < self.poly_steps < self.steps:
             raise InputError(
                 f"--poly-steps {self.poly_steps} is shorter than --steps {self.steps}: the rate would end early"
             )
@@ -652,15 +653,19 @@ def without_effect(given: dict, s: Settings) -> list[str]:
     them."""
     readers = {field.name: field.metadata["read_by"] for field in dataclasses.fields(Settings)}
     idle = {name for name in given if s.strategy not in readers[name]}
-    asks, none = s.strategy in QUERIES, not (s.unlabelled or s.contrast)
+    asks, stal = s.strategy in QUERIES, s.strategy == "stal"
+    none = not (s.unlabelled or s.contrast)
+    adaptive = s.copy_paste or (s.cutmix and not none) or (s.class_keep and s.unlabelled)
     self_taught = {"portion", "portion_step", "portion_max", "pseudo_steps", "pseudo_weight"}
     unread = (  # where, what
         (asks and s.pseudo == "none", self_taught | {"label_flip", "label_scale"}),
         (asks and not s.teacher, {"drop", "unlabelled", "ema", "cutmix"}),
         (asks and not s.unlabelled, {"drop"}),
         (s.source_free, {"consistency", "source_sampling", "source_size"}),
-        (s.strategy == "stal" and not s.contrast, {"bank"}),
-        (s.strategy == "stal" and none, {"cutmix", "drop", "class_keep"}),
+        (stal and not s.contrast, {"bank", "contrast_start"}),
+        (stal and not s.unlabelled, {"class_keep"}),
+        (stal and none, {"cutmix", "drop"}),
+        (stal and not adaptive, {"confidence_momentum"}),
         (s.strategy == "source-only", {"negative"}),
         (s.oracle == "ground-truth", {"accept_partial"}),
         (s.unit == "region", {"pixels"}),
@@ -685,11 +690,9 @@ def settings_for(given: dict) -> Settings:
     if given.get("source_free"):
         if given.get("init", given["source_free"]) != given["source_free"]:
             raise InputError("--source-free starts from its CHECKPOINT: leave --init out")
-        merged.update(
-            SOURCE_FREE,
-            init=given["source_free"],
-            **({"radius": 9} if given.get("rules") == "code" else {}),
-        )
+        merged.update(SOURCE_FREE, init=given["source_free"])
+        if given.get("rules") == "code":
+            merged.setdefault("radius", 9)  # of regions: ripu-pa has its own
     if given.get("root") == "toy":
         merged.update(
             {k: v for k, v in TOY.items() if not (k == "init" and "init" in merged)},

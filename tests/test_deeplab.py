@@ -31,6 +31,9 @@ from alda.deeplab import (
     parameter_groups,
     upsample,
 )
+from alda.evaluation import load_run
+from alda.run import network_of
+from alda.settings import settings_for
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
 STAL = dict(
@@ -187,6 +190,34 @@ def test_crst_logits(tmp_path):
     assert layout == "crst"
     with torch.inference_mode():
         assert_close(model(images), arrays["logits"])
+
+
+def test_an_official_file_brings_its_network(tmp_path, capsys):
+    """--init, `evaluation score` and what goes on from there: strides, stem and batch norm are the
+    file's, which names and shapes do not show."""
+    path = tmp_path / "official.pth"
+    arrays, images = golden("crst_deeplabv2")
+    torch.save(weights("crst_res_deeplab"), path)
+    network = network_of(settings_for({"strategy": "cbst", "init": str(path)}))
+    for model in (build(**network, init=path).eval(), load_run(path, "cpu")):
+        with torch.inference_mode():
+            assert_close(model(images), arrays["logits"])
+    torch.save({"model": {}, "network": network}, path)
+    assert network_of(settings_for({"strategy": "cbst", "init": str(path)})) == network
+    frozen = {"strategy": "cbst", "init": str(path), "batch_norm": "frozen"}
+    assert network_of(settings_for(frozen)) == {**network, "batch_norm": "frozen"}
+
+    arrays, images = golden("stal_deeplabv3plus")
+    torch.save({"model_state": weights("stal_modelbuilder", "module.")}, path)
+    network = network_of(settings_for({"strategy": "stal", "init": str(path)}))
+    for model in (build(**network, init=path).eval(), load_run(path, "cpu")):
+        with torch.inference_mode():
+            assert_close(model(images), arrays["pred"])
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        f"{path} holds a {x} head: it is left out here" for x in ("representation", "auxiliary")
+    ]
+    path.unlink()
 
 
 @pytest.mark.parametrize(

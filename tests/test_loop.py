@@ -569,10 +569,9 @@ def test_schedules_are_the_published_ones():
         and free.steps == 30000
         and free.init == "x.pt"
     )
-    assert (
-        settings.settings_for({"strategy": "ripu", "source_free": "x.pt", "rules": "code"}).radius
-        == 9
-    )
+    code = {"source_free": "x.pt", "rules": "code"}
+    assert settings.settings_for({"strategy": "ripu", **code}).radius == 9
+    assert settings.settings_for({"strategy": "ripu-pa", **code}).radius == 32
     assert settings.settings_for({"strategy": "ripu-pa"}).radius == 32
     assert settings.settings_for({"strategy": "ripu-pa"}).pixels == 40
     # what is given wins
@@ -629,6 +628,7 @@ def test_regions_due_follow_the_paper_and_never_pass_the_budget():
             "give --crop, or equal",
         ),
         ({"strategy": "stal", "crop": "", "scale": "1,1"}, "or give --no-copy-paste"),
+        ({"teacher": True, "batch": 1}, "give --batch 2, or --no-cutmix"),
         ({"teacher": True, "crop": "64x32", "scale": "0.5,1"}, "at the lowest --scale 0.5 (32x16)"),
         ({"strategy": "stal", "source_free": "x.pt", "init": "x.pt"}, "--source-free goes with"),
         ({"source_free": "x.pt", "init": "x.pt", "pseudo": "cbst-sp"}, "take --pseudo cbst"),
@@ -710,12 +710,20 @@ def test_score_takes_the_settings_of_the_run(tiny_world, tmp_path, capsys):
         ("stal --unlabelled 0 --contrast 0 --bank 9 --drop 0.1", "--bank, --drop"),
         ("stal --contrast 0 --bank 9 --drop 0.1", "--bank"),
         ("stal --unlabelled 0 --drop 0.1", ""),
+        ("stal --contrast 0 --contrast-start 0.5", "--contrast-start"),
+        ("stal --unlabelled 0 --no-class-keep", "--class-keep"),
+        ("stal --confidence-momentum 0.9", ""),
+        (
+            "stal --no-copy-paste --no-cutmix --no-class-keep --confidence-momentum 0.9",
+            "--confidence-momentum",
+        ),
+        ("stal --poly-steps 100 --accumulate 3", "--accumulate, --poly-steps"),
         ("source-only --negative 1 --cache-gb 3", "--cache-gb, --negative"),
     ],
 )
 def test_options_that_do_nothing_are_named(words, idle, capsys):
     strategy, *options = words.split()
-    settings.parse(["--strategy", strategy, *options])
+    loop.check_shares(settings.parse(["--strategy", strategy, *options]))
     expected = f"note: no effect with --strategy {strategy}: {idle}\n" if idle else ""
     assert capsys.readouterr().err == expected
     for field in dataclasses.fields(settings.Settings):

@@ -165,6 +165,19 @@ def test_a_short_run_of_cbst_starts_no_long_source_training(tiny_world, tmp_path
     )  # as long as source-only's default
 
 
+def test_the_source_network_of_cbst_is_trained_with_the_batch_that_was_given(tiny_world, tmp_path):
+    """As memory and processes allow it: parts of one image here."""
+    words = arguments(tiny_world, tmp_path, strategy="cbst", steps=4, batch=4, accumulate=4)
+    assert loop.main(words) == 0
+    config = json.loads((tmp_path / "source/config.json").read_text())["settings"]
+    assert config["batch"] == config["accumulate"] == 4 and config["strategy"] == "source-only"
+
+
+def test_two_ways_to_write_a_size_are_one_size():
+    sizes = {"source_size": "64X32", "target_size": "64x32", "crop": "", "scale": "1,1"}
+    loop.check_one_size(settings.settings_for({"strategy": "cbst", **sizes}))
+
+
 def test_a_crop_that_no_image_fills_is_said(capsys):
     settings.parse(
         [
