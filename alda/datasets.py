@@ -915,7 +915,7 @@ class Mixture(Dataset):
 
 def mix_seed(*parts: int) -> int:
     """One 63-bit seed from several integers; different parts give unrelated streams (numpy's
-    SeedSequence).
+    SeedSequence), but zeros at their end do not count: (5, 8) is (5, 8, 0).
 
     SeedSequence takes words of 32 bits: parts of which one is negative or longer go through sha256,
     so that they do not collide with others.

@@ -374,10 +374,10 @@ def choose(s: Settings, run: Run, target, rounds: Rounds, number: int, records: 
         rows = torch.stack([score[at], *why, prediction[at]], 1).cpu()
         centres[index], factors[index] = picked.cpu(), rows
         if dynamic:
-            floor = pool.floor
             pool.add(index, centres.pop(index), rows[:, 0])
-            if pool.floor > floor:  # what can no longer win was thrown away
-                factors = {i: r[: len(pool.images[i][0])].clone() for i, r in factors.items()}
+            for i, (kept, _) in pool.images.items():
+                if len(kept) < len(factors[i]):  # what can no longer win was thrown away
+                    factors[i] = factors[i][: len(kept)].clone()
         if s.pictures and index % every == 0:
             panels = {"prediction": prediction.cpu(), "score": score.cpu()}
             shown[index] = {"image": image, **panels}

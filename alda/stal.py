@@ -548,7 +548,7 @@ def taught(s: Settings, run: Run, teacher, batch, drop: float, generator) -> lis
 
     --teacher, this project's combination: the teacher in eval mode on the plain images, the share
     `drop` of highest entropy left out (STAL Eqs. 5-7), then CutMix: half of each image is cut from the
-    next one of the batch, labels and pseudo-labels alike.
+    one before it in the batch, labels and pseudo-labels alike.
     """
     images, labels = batch
     given = [images, labels]

@@ -6,6 +6,7 @@ What a part gives is tested elsewhere; here is what the loops and rounds do with
 import itertools
 import json
 import math
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -847,6 +848,35 @@ def test_equal_scores_share_one_budget_over_the_images(tmp_path, monkeypatch):
     target = Target(torch.ones(5, 4, 5, dtype=torch.uint8))
     centres, notes = picks_of(s, tmp_path, target, 1, Rounds(tmp_path))
     assert notes["picks_due"] == 10 and [len(c) for c in centres] == [2] * 5
+
+
+def test_a_common_budget_holds_few_picks_where_all_scores_are_alike(tmp_path, monkeypatch):
+    """At most twice the picks of a round and one image's, also in what the ledger says of them."""
+    scored(monkeypatch, torch.ones(12, 4, 5))
+    changes = {"cbda": "dynamic", "unit": "pixel", "radius": 0, "target_size": "5x4"}
+    s = settings("cbda", budget=0.1, rounds=2, **changes)
+    target, real, held = Target(torch.ones(12, 4, 5, dtype=torch.uint8)), torch.Tensor.cpu, []
+
+    def cpu(tensor):
+        if tensor.shape[1:] == (4,):  # a row of factors for each pick
+            held.append(weakref.ref(kept := real(tensor).clone()))
+            return kept
+        return real(tensor)
+
+    def rows():
+        return sum(len(row()) for row in held if row() is not None)
+
+    most, add = [], acquisition.GlobalBudget.add
+
+    def watched(self, *what):
+        most.append(rows())
+        add(self, *what)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    monkeypatch.setattr(acquisition.GlobalBudget, "add", watched)
+    centres, notes = picks_of(s, tmp_path, target, 1, Rounds(tmp_path))
+    assert notes["picks_due"] == 12 and [len(c) for c in centres] == [1] * 12
+    assert max(most) <= 2 * 12 + 12
 
 
 def test_noise_differs_between_images_and_rounds(tmp_path, monkeypatch):
