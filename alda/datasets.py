@@ -51,7 +51,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.io import ImageReadMode, decode_image
 
@@ -295,6 +295,8 @@ def read_label(path: Path, space: str) -> torch.Tensor:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its text names a buffer in memory
+        return "its content is no picture"
     return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
@@ -784,9 +786,11 @@ class Loader(DataLoader):
 
 def load(dataset: Dataset, workers: int, **options) -> DataLoader:
     """A DataLoader that leaves torch's global random state alone (it would draw from it at every
-    start)."""
+    start), of no more `workers` than there are cores for them: what they load is the same."""
     options |= {"generator": torch.Generator(), "worker_init_fn": leave_signals}
-    return Loader(dataset, num_workers=workers, **options)
+    own = getattr(os, "sched_getaffinity", None)  # Linux: the cores that this process may use
+    cores = len(own(0)) if own else os.cpu_count() or 1
+    return Loader(dataset, num_workers=min(workers, cores), **options)
 
 
 @atexit.register  # before multiprocessing's own hook, which would wait for them

@@ -585,8 +585,9 @@ def write_output(path: Path, write) -> None:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """The command `compare`."""
-    rows = comparison(args.runs, args.mixed)
+    """The command `compare`: of the finished runs; a line names the others."""
+    done = [run for run in args.runs if not unfinished(run, "it is left out")]
+    rows = comparison(done or args.runs, args.mixed)
     print(comparison_text(rows))
     if args.csv:
         fields = list(dict.fromkeys(key for row in rows for key in row))
@@ -596,7 +597,7 @@ def compare(args: argparse.Namespace) -> int:
         writer.writerows(rows)
         write_output(args.csv, lambda file: file.write(table.getvalue().encode()))
     if args.plot:
-        comparison_picture(args.runs, rows, args.plot, args.over)
+        comparison_picture(done, rows, args.plot, args.over)
     return 0
 
 
@@ -726,21 +727,20 @@ def run_settings(path: str | Path) -> dict:
     return settings
 
 
-def unfinished(path: str | Path) -> bool:
-    """Whether a checkpoint belongs to a run of this package that has no result yet; a line says
-    so."""
+def unfinished(path: str | Path, what: str) -> bool:
+    """Whether a run's folder, or a checkpoint, belongs to a run of this package that has no result
+    yet; a line says so, and `what` is done with it."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent.parent
     there = (folder / "config.json").is_file() and not (folder / "result.json").is_file()
     if there:
-        print(
-            f"note: {folder} is not finished (no result.json): its checkpoint is scored as it is",
-            file=sys.stderr,
-        )
+        print(f"note: {folder} is not finished (no result.json): {what}", file=sys.stderr)
     return there
 
 
 def _command(args: argparse.Namespace) -> int:
+    if not Path(args.checkpoint).exists():
+        raise InputError(f"no {args.checkpoint}: give a run's folder or a checkpoint file")
     device, run = pick_device(args.device), run_settings(args.checkpoint)
     root = args.root or run.get("root", "data")
     dataset = open_dataset(
@@ -764,12 +764,13 @@ def _command(args: argparse.Namespace) -> int:
         number = write_predictions(model, dataset, protocol, device, args.to)
         print(f"{number} predictions (Cityscapes label ids) in {args.to}")
         return 0
+    scored = "its checkpoint is scored as it is"
     result = {
         **evaluate(model, dataset, protocol, device),
         "checkpoint": str(args.checkpoint),
         "which": args.which or "as reported",
         "toy": root == "toy",
-        **({"finished": False} if unfinished(args.checkpoint) else {}),
+        **({"finished": False} if unfinished(args.checkpoint, scored) else {}),
     }
     print(TOY_MARK * result["toy"] + describe(result))
     if args.json:

@@ -35,7 +35,7 @@ import json
 import sys
 import time
 from bisect import bisect_right
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -82,6 +82,7 @@ from alda.rounds import (
     pseudo_schedule,
     query_schedule,
     source_prior,
+    truth_of,
 )
 from alda.run import (
     STOP,
@@ -420,15 +421,13 @@ def train_source(s: Settings, out: Path, device: torch.device) -> Settings:
         poly_steps=0,
         eval_every=0,
         out=str(out / "source"),
-        resume=True,
         **{name: getattr(default, name) for name in kept},
     )
     last, written = out / "source/checkpoints/last.pt", out / "source/result.json"
     if first_says(not written.is_file()):
         say(f"source-only: {own.steps} steps in {out / 'source'}")
-        if is_first():
-            prepare(own)
-        result = train_queries(own, run_folder(own), device)
+        with ready_folder(own, out / "source") if is_first() else nullcontext():
+            result = train_queries(own, run_folder(own), device)
         if is_first():
             result = {"strategy": "source-only", "toy": s.root == "toy", **result}
             write_atomic(written, json.dumps(result, indent=1))
@@ -679,12 +678,16 @@ def note_before(s: Settings, run: Run, model, validation, step: int) -> None:
 def draw_story(
     s: Settings, run: Run, model, target, rounds: Rounds, schedule, result: dict
 ) -> None:
-    """pictures/summary.png: the first target image with the picks of all rounds, first and last
-    prediction, answers, truth, what was labelled, mIoU over the steps."""
+    """pictures/summary.png: the first target image, of stal the first that was asked, with the picks
+    of all rounds, first and last prediction, answers, truth, what was labelled, mIoU over the steps."""
     if run.rank or not s.pictures or target is None:
         return
-    sample, numbers = target.samples[0], range(1, rounds.complete() + 1)
-    _, image, logits = next(over_target(s, run, target, logits_of, model, [0]))
+    index, numbers = 0, range(1, rounds.complete() + 1)
+    if s.strategy == "stal":  # whole images: one that was asked
+        asked = rounds.record(1)["images"]
+        index = next(i for i, sample in enumerate(target.samples) if sample.id in asked)
+    sample = target.samples[index]
+    _, image, logits = next(over_target(s, run, target, logits_of, model, [index]))
     panels, masks = {}, []
     first = run.out / "pictures/round-01" / f"{sample.id}_prediction.png"
     if first.is_file():
@@ -695,7 +698,7 @@ def draw_story(
         masks.append(rounds.asked(sample.id, sample.size, number) & ~earlier)
     if masks:
         panels["all answers"] = rounds.labels(sample.id, sample.size)
-    panels["truth"] = target.truth(0)
+    panels |= truth_of(target, index)
     points = scores_over_steps(run.out, result)
     classes = result["budget"]["classes"]
     save_story(image, masks, panels, classes, points, schedule, run.out / "pictures/summary.png")

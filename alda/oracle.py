@@ -293,10 +293,11 @@ def merge(s, rounds: Rounds, number: int, folder: Path, record: dict, files: dic
         f"{s.target_size} {done['trained']:,}",
         flush=True,
     )
-    if done["labelled"] and not done["trained"] and not s.keep_labels:
+    if done["trained"] < done["labelled"] / 2 and not s.keep_labels:
         print(
-            f"warning: no answer of round {number} is trained on: all are lost when labels are resized "
-            f"to {s.target_size}; start with --keep-labels, or a larger --target-size",
+            f"warning: {done['labelled'] - done['trained']:,} of the {done['labelled']:,} px of round "
+            f"{number} that people gave a class are not trained on: they are lost when labels are "
+            f"resized to {s.target_size}; start with --keep-labels, or a larger --target-size",
             flush=True,
         )
 

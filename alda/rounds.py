@@ -266,15 +266,17 @@ def store_picks(s: Settings, target, rounds: Rounds, number: int, chosen: Chosen
             if index in shown:
                 before = asked_before(target, rounds, number, index)
                 known = rounds.labels(sample.id, sample.size, number - 1)
-                panels = {
-                    **shown[index],
-                    "answers so far": torch.where(answers == IGNORE, known, answers),
-                    "truth": target.truth(index),
-                }
+                answered = torch.where(answers == IGNORE, known, answers)
+                panels = {**shown[index], "answers so far": answered, **truth_of(target, index)}
                 save_round(panels, asked, before, folder / f"{sample.id}.png")
                 write_map(folder / f"{sample.id}_prediction.png", panels["prediction"])
         order = [sample.id for sample in target.samples if sample.id in new.images]
         new.images, new.notes = {name: new.images[name] for name in order}, notes
+
+
+def truth_of(target, index: int) -> dict[str, torch.Tensor]:
+    """The panel of an image's truth in a picture, where there is one."""
+    return {"truth": target.truth(index)} if target.samples[index].label else {}
 
 
 def write_factors(path: Path, centres: torch.Tensor, factors: torch.Tensor) -> None:
@@ -297,12 +299,18 @@ def report_choice(s: Settings, number: int, chosen: Chosen) -> None:
         flush=True,
     )
     used_up = [name for name, w in chosen.notes.get("class_weights", {}).items() if w == 0]
-    little = picks < due or score_0 > 0.5
-    if used_up and little:
+    if used_up and (picks < due or score_0 > 0.5):
+        little = "" if picks < due else " that scores above 0"
         print(
-            f"warning: round {number} found little to ask: {', '.join(used_up)} have had their share "
+            f"warning: round {number} found little to ask{little}: {', '.join(used_up)} have had their share "
             f"of --budget, which CBDA's balance divides alike over {len(NAMES)} classes, and are not "
             "asked again; where few of the classes occur, --cbda dynamic asks on",
+            flush=True,
+        )
+    elif picks < due and s.unit == "pixel":
+        print(
+            f"warning: round {number} asks {due - picks:,} px less than are due: every pixel left lies "
+            f"within --radius {s.radius} of one that was asked; give a smaller --radius or budget",
             flush=True,
         )
     elif score_0 > 0.5:
@@ -548,17 +556,18 @@ def label_target(
 
     def store(labelled):
         index, labels, panels = labelled
+        panels = panels and {**panels, **truth_of(target, index)}
         name, truth = target.samples[index].id, target.truth(index)
         write_map(work / "labels" / f"{name}.png", labels)
-        return name, truth, pseudo_label_statistics(labels, truth, NUM_CLASSES), panels
+        return name, pseudo_label_statistics(labels, truth, NUM_CLASSES), panels
 
     with closing(over_target(s, run, target, mirrored_probabilities, indices=own)) as seen:
         for _ in range(-(-len(target) // (CHUNK * rank_and_world()[1]))):
             labelled = gather_list([label(*x) for x in islice(seen, CHUNK)])
-            for name, truth, counts, panels in ahead(store, labelled, s.workers):
+            for name, counts, panels in ahead(store, labelled, s.workers):
                 total = {key: total[key] + counts[key] for key in total}
                 if panels:
-                    save_sheet({**panels, "truth": truth}, folder / f"{name}.png")
+                    save_sheet(panels, folder / f"{name}.png")
     if is_first():
         record = pseudo_record(kind, portion, thresholds, histogram.predicted, total)
         complete_folder(work, pseudo.path(number), record)

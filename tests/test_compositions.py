@@ -879,6 +879,20 @@ def test_a_common_budget_holds_few_picks_where_all_scores_are_alike(tmp_path, mo
     assert max(most) <= 2 * 12 + 12
 
 
+def test_a_radius_that_leaves_no_pixel_is_said(tmp_path, monkeypatch, capsys):
+    """The budget is a half of the pixels, the radius 3: one pixel of an image of 4x4."""
+    scored(monkeypatch, torch.ones(2, 4, 4))
+    s = settings("ripu-pa", radius=3, budget=0.5, rounds=1, target_size="4x4")
+    target = Target(torch.ones(2, 4, 4, dtype=torch.uint8))
+    chosen = rounds.choose(s, Run(tmp_path), target, Rounds(tmp_path), 1, [])
+    rounds.report_choice(s, 1, chosen)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "round 1/1: 2 of 16 picks due; 0% of the picks have score 0"
+    assert said[1].startswith(
+        "warning: round 1 asks 14 px less than are due: every pixel left lies"
+    )
+
+
 def test_noise_differs_between_images_and_rounds(tmp_path, monkeypatch):
     """The strategy random: other places in every image and every round, the same for a seed."""
     target = Target(torch.ones(3, 20, 20, dtype=torch.uint8))

@@ -286,16 +286,17 @@ def test_a_full_disk_leaves_scores_and_predictions_as_they_were(
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (["score", "nowhere"], "no checkpoint there"),
-        (["score", "nowhere", "--size", "big"], "WIDTHxHEIGHT"),
-        (["score", "nowhere", "--device", "cuda:77"], "cannot be used"),
-        (["score", "nowhere", "--protocol", "sliding", "--window", "-5"], "expected 1 or more"),
-        (["score", "nowhere", "--protocol", "sliding", "--window", "0"], "expected 1 or more"),
-        (["score", "nowhere", "--window", "9"], "only sliding has a window"),
-        (["score", "nowhere", "--protocol", "sliding", "--size", "9x9"], "full resolution"),
+        (["score", "nowhere"], "no nowhere: give a run's folder or a checkpoint file"),
+        (["score", "RUN", "--size", "big"], "WIDTHxHEIGHT"),
+        (["score", "RUN", "--device", "cuda:77"], "cannot be used"),
+        (["score", "RUN", "--protocol", "sliding", "--window", "-5"], "expected 1 or more"),
+        (["score", "RUN", "--protocol", "sliding", "--window", "0"], "expected 1 or more"),
+        (["score", "RUN", "--window", "9"], "only sliding has a window"),
+        (["score", "RUN", "--protocol", "sliding", "--size", "9x9"], "full resolution"),
     ],
 )
-def test_user_mistakes_are_one_line(arguments, message, capsys, tiny_world):
+def test_user_mistakes_are_one_line(arguments, message, run, capsys, tiny_world):
+    arguments = [str(run[0]) if word == "RUN" else word for word in arguments]
     assert E.main([*arguments, "--root", str(tiny_world)]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
@@ -536,6 +537,16 @@ def test_compare_refuses_to_mix(tmp_path, capsys):
     assert "sliding (full resolution)" in capsys.readouterr().out
     runs = [runs[0], finished(tmp_path / "c", images=5)]
     assert E.main(["compare", *runs]) == 2 and "cityscapes, 5 images" in capsys.readouterr().err
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "config.json").write_bytes((tmp_path / "a/config.json").read_bytes())
+    assert E.main(["compare", runs[0], str(begun), "--csv", str(tmp_path / "t.csv")]) == 0
+    assert (
+        capsys.readouterr().err
+        == f"note: {begun} is not finished (no result.json): it is left out\n"
+    )
+    assert (tmp_path / "t.csv").read_text().count("\n") == 2
+    assert E.main(["compare", str(begun)]) == 2 and "no result.json" in capsys.readouterr().err
     (tmp_path / "a/config.json").unlink()
     assert E.main(["compare", runs[0]]) == 2 and "no config.json" in capsys.readouterr().err
     assert E.main(["compare", str(tmp_path)]) == 2 and "no result.json" in capsys.readouterr().err

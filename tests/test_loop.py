@@ -329,6 +329,18 @@ def test_stal_asks_for_the_most_uncertain_images_of_each_group(tiny_world, tmp_p
     assert second["scores"] == pytest.approx({max(given, key=given.get): max(given.values())})
 
 
+def test_the_story_of_stal_is_of_an_image_that_was_asked(tiny_world, tmp_path, monkeypatch):
+    def last(sizes, count):  # of the six cities with an image each
+        return {group: int(i >= len(sizes) - count) for i, group in enumerate(sizes)}
+
+    told = []
+    monkeypatch.setattr(acquisition, "split_by_group", last)
+    monkeypatch.setattr(loop, "save_story", lambda image, masks, *_: told.append(masks[0].all()))
+    options = {"contrast": 0, "unlabelled": 0, "copy_paste": False}
+    assert loop.main(arguments(tiny_world, tmp_path, strategy="stal", steps=2, **options)) == 0
+    assert told == [True]
+
+
 def test_images_due_are_the_published_ones():
     s = settings.settings_for({"strategy": "stal"})
     # the paper: 30, 65, 150 in all; 5 % of 2,975 is 148.75
@@ -643,6 +655,7 @@ def test_regions_due_follow_the_paper_and_never_pass_the_budget():
         ({"strategy": "source-only", "source_free": "x.pt", "init": "x.pt"}, "nothing to train on"),
         ({"init": "nowhere.pt"}, "nowhere.pt"),
         ({"batch_norm": "frozen"}, "frozen"),
+        ({"strategy": "cbst", "batch_norm": "frozen"}, "frozen"),
         ({"root": "/nowhere"}, "no gta5 images"),
         ({"device": "cuda:99"}, "cannot be used"),
     ],

@@ -277,6 +277,8 @@ def test_missing_answers_are_waited_for_and_written_ones_stay(waiting, tiny_worl
     path.write_text(json.dumps(content))
     (folder / "answers" / f"{other}.jsonx").rename(folder / "answers" / f"{other}.json")
     assert loop.main([*words, "--resume"]) == 3 and opened(out)[0].name == "02.open"
+    said = capsys.readouterr().out  # 256x128 pixels become 64x32
+    assert "that people gave a class are not trained on" in said and "--keep-labels" in said
 
 
 def test_a_kill_between_the_two_names_of_a_round_loses_nothing(waiting, tiny_world, monkeypatch):
