@@ -53,7 +53,7 @@ from alda.distributed import (
     rank_and_world,
     say,
 )
-from alda.settings import MAY_CHANGE
+from alda.settings import MAY_CHANGE, default_folder
 
 # what only a run writes: without a config.json beside it, nobody knows whose it is
 TRACES = ("checkpoints", "rounds", "pseudo", "source", "metrics.jsonl", "result.json")
@@ -693,7 +693,7 @@ def check_folder(out: Path) -> None:
 
 def run_folder(s) -> Path:
     """--out, or its default."""
-    return Path(s.out or f"runs/{s.strategy}-{s.src}-{s.tgt}-{s.seed}")
+    return Path(s.out or default_folder(dataclasses.asdict(s)))
 
 
 def prepare(s) -> Path:

@@ -61,7 +61,11 @@ class Settings:
         "run",
         "folder that holds the datasets; 'toy' writes and uses the miniature world in ./toy",
     )
-    out: str = option("", "run", "folder of the run; default runs/STRATEGY-SRC-TGT-SEED")
+    out: str = option(
+        "",
+        "run",
+        "folder of the run; default runs/STRATEGY-SRC-TGT-SEED, with --root toy runs/toy-...",
+    )
     seed: int = option(0, "run", "seed of every random draw")
     device: str = option("auto", "run", "auto, cpu, cuda, cuda:1, ...")
     workers: int = option(
@@ -709,15 +713,21 @@ def settings_for(given: dict) -> Settings:
     return Settings(**{**merged, **given})
 
 
+def default_folder(names: dict) -> str:
+    """The run's folder without --out, from the settings or what of them is given: the miniature world
+    has others."""
+    names = {"strategy": "ripu", "src": "gta5", "tgt": "cityscapes", "seed": 0} | names
+    toy = "toy-" if names.get("root") == "toy" else ""
+    return "runs/{toy}{strategy}-{src}-{tgt}-{seed}".format(toy=toy, **names)
+
+
 def settings_resumed(given: dict) -> Settings | None:
     """With --resume: the settings in the config.json of the run in --out or the default folder, under
     the options that were given; None without --resume or config.json. Raises InputError for a
     config.json that cannot be read, and where there is none and no --strategy is given to start."""
     if not given.get("resume"):
         return None
-    names = {"strategy": "ripu", "src": "gta5", "tgt": "cityscapes", "seed": 0} | given
-    default = "runs/{strategy}-{src}-{tgt}-{seed}".format(**names)
-    config = Path(given.get("out") or default) / "config.json"
+    config = Path(given.get("out") or default_folder(given)) / "config.json"
     if not config.is_file():
         if "strategy" not in given:
             raise InputError(f"no {config} to resume: give the run's folder with --out")

@@ -28,6 +28,7 @@ from alda import (
     settings,
 )
 from alda.annotation import Rounds, ledger
+from alda.run import run_folder
 
 ROOT = Path(__file__).parent.parent
 LOGITS, LABELS = torch.randn(2, 5, 6, 7), torch.zeros(2, 6, 7, dtype=torch.uint8)
@@ -171,6 +172,13 @@ def test_the_source_network_of_cbst_is_trained_with_the_batch_that_was_given(tin
     assert loop.main(words) == 0
     config = json.loads((tmp_path / "source/config.json").read_text())["settings"]
     assert config["batch"] == config["accumulate"] == 4 and config["strategy"] == "source-only"
+
+
+def test_the_miniature_world_and_real_data_have_folders_of_their_own():
+    for root, folder in (("toy", "runs/toy-full-gta5-acdc-3"), ("data", "runs/full-gta5-acdc-3")):
+        given = {"strategy": "full", "tgt": "acdc", "seed": 3, "root": root}
+        assert str(run_folder(settings.settings_for(given))) == folder
+        assert settings.default_folder(given) == folder  # where --resume looks
 
 
 def test_two_ways_to_write_a_size_are_one_size():
