@@ -464,7 +464,7 @@ def strategy_text(result: dict, s: dict) -> str:
             f" lambda_u {s['unlabelled']:g} lambda_c {s['contrast']:g} {s['image_queries']}"
             + " restart" * s["restart"]
         )
-    text += " + teacher" * bool(s.get("teacher"))
+    text += " source-free" * bool(s.get("source_free")) + " + teacher" * bool(s.get("teacher"))
     return text + (f" + {result['pseudo']}" if "pseudo" in result else "")
 
 
@@ -505,7 +505,8 @@ def comparison_picture(runs: list[str], rows: list[dict], path: Path, over: str 
     for run, row in zip(runs, rows, strict=True):
         name = row["strategy"] if alike else f"{row['strategy']}, {row['source']}, {row['network']}"
         if over == "steps":
-            name += f", budget {row['budget asked for']} ({row['recipe']})"
+            budget = row["budget asked for"]
+            name += f", budget {budget}" * (budget is not None) + f" ({row['recipe']})"
         for place, x, score in curve_points(Path(run), row, over):
             points = lines.setdefault(name, {}).setdefault((place, row["recipe"]), [])
             points.append((x, 100 * score))

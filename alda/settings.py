@@ -708,6 +708,8 @@ def settings_for(given: dict) -> Settings:
         merged["epochs"] = 0
         if strategy in SELF_TRAINING and "source_steps" not in given:
             merged["source_steps"] = given["steps"]  # no hidden long training before a short one
+    if given.get("target_size") and "test_size" in merged:
+        merged["test_size"] = ""  # tested at the size that was given, as the other strategies
     if "budget" in given and "pixels" in merged:
         merged["pixels"] = 0  # the share that was asked for, not the paper's 40 pixels
     return Settings(**{**merged, **given})

@@ -395,6 +395,10 @@ def test_each_recipe_that_asks_nobody_is_a_level_line_of_its_own(tmp_path, monke
     assert len({line.get_label() for line in lines}) == len({x.get_color() for x in lines}) == 2
 
 
+def test_a_source_free_run_has_a_name_of_its_own():
+    assert E.strategy_text({"strategy": "ripu"}, {"source_free": "x.pt"}) == "ripu source-free"
+
+
 def test_what_asks_nobody_or_knows_all_is_a_level_line(tmp_path, monkeypatch):
     runs = []
     for name, share in (("source-only", 0.0), ("full", 1.0), ("ripu", 0.05)):

@@ -181,6 +181,15 @@ def test_the_miniature_world_and_real_data_have_folders_of_their_own():
         assert settings.default_folder(given) == folder  # where --resume looks
 
 
+def test_cbst_is_tested_at_the_target_size_that_is_given():
+    for sizes, expected in (
+        ({}, "1280x640"),
+        ({"target_size": "96x48"}, ""),
+        ({"target_size": "96x48", "test_size": "64x32"}, "64x32"),
+    ):
+        assert settings.settings_for({"strategy": "cbst", **sizes}).test_size == expected
+
+
 def test_two_ways_to_write_a_size_are_one_size():
     sizes = {"source_size": "64X32", "target_size": "64x32", "crop": "", "scale": "1,1"}
     loop.check_one_size(settings.settings_for({"strategy": "cbst", **sizes}))
