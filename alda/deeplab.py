@@ -632,8 +632,13 @@ def _rename(state, names):
 # the arguments of `build` for the files of official code; names and shapes do not tell them all:
 # CRST's weights also fit a network with other strides
 OFFICIAL_NETWORKS = {
-    "stal": {"net": "deeplabv3plus", "batch_norm": "live"}
-    | {"stem": "deep", "multi_grid": (2, 2, 4), "aspp": "dense"},
+    "stal": {
+        "net": "deeplabv3plus",
+        "batch_norm": "live",
+        "stem": "deep",
+        "multi_grid": (2, 2, 4),
+        "aspp": "dense",
+    },
     "crst": {"net": "deeplabv2", "batch_norm": "live", "caffe": True},
 }
 

@@ -556,7 +556,8 @@ def label_target(
 
     def store(labelled):
         index, labels, panels = labelled
-        panels = panels and {**panels, **truth_of(target, index)}
+        if panels:
+            panels |= truth_of(target, index)
         name, truth = target.samples[index].id, target.truth(index)
         write_map(work / "labels" / f"{name}.png", labels)
         return name, pseudo_label_statistics(labels, truth, NUM_CLASSES), panels
