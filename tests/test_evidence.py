@@ -33,6 +33,7 @@ def test_differences_are_paired_by_seed():
         ("ripu:low-rate:long@0.05", "random", "random:low-rate:long@0.05"),
         ("cbda:both:low-rate:long@0.05", "random", "random:low-rate:long@0.05"),
         ("ripu-pa", "random", "random:pa"),
+        ("ripu-pa:low-rate:long", "random", "random:pa:low-rate:long"),
         ("stal:unlabelled:strong@0.05", "stal:supervised", "stal:supervised:strong@0.05"),
         ("stal:unlabelled:light@0.05", "stal:supervised", "stal:supervised@0.05"),
         ("ripu+cbst@0.005", "ripu", "ripu@0.005"),
@@ -40,7 +41,8 @@ def test_differences_are_paired_by_seed():
     ],
 )
 def test_a_row_is_compared_with_its_own_kind(row, against, expected):
-    rows = [row, "random:low-rate:long@0.05", "random:pa", "stal:supervised:strong@0.05"]
+    rows = [row, "random:low-rate:long@0.05", "random:pa", "random:pa:low-rate:long"]
+    rows += ["stal:supervised:strong@0.05"]
     assert evidence.compared_with(row, against, rows) == expected
 
 

@@ -200,7 +200,7 @@ def compared_with(row: str, against: str, rows) -> str:
     """The one of `rows` that `row` is measured against: of the same budget, or pixels an image, and of
     the same variants (twice the steps, say), as many of its last ones as there is another row for."""
     strategy, variants, _, budget = split(row)
-    variants = ["pa"] if strategy == "ripu-pa" else variants
+    variants = ["pa", *variants] if strategy == "ripu-pa" else variants
     budget = f"@{budget}" if budget else ""
     for i in range(len(variants)):
         alike = ":".join([against, *variants[i:]]) + budget
