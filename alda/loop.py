@@ -71,7 +71,7 @@ from alda.losses import (
     negative_learning,
 )
 from alda.oracle import Waiting, collect
-from alda.pictures import save_story
+from alda.pictures import save_story, widened
 from alda.rounds import (
     ask_images,
     ask_pixels,
@@ -697,7 +697,7 @@ def draw_story(
         earlier = rounds.asked(sample.id, sample.size, number - 1)
         masks.append(rounds.asked(sample.id, sample.size, number) & ~earlier)
     if masks:
-        panels["all answers"] = rounds.labels(sample.id, sample.size)
+        panels["all answers"] = widened(rounds.labels(sample.id, sample.size))
     panels |= truth_of(target, index)
     points = scores_over_steps(run.out, result)
     classes = result["budget"]["classes"]

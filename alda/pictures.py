@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from alda.datasets import CLASSES, NUM_CLASSES, colourise, write_atomic
+from alda.datasets import CLASSES, IGNORE, NUM_CLASSES, colourise, write_atomic
 
 NOW, EARLIER = (255, 225, 0), (0, 190, 255)  # picks of this round, and of the rounds before
 ROUNDS = ((255, 225, 0), (255, 140, 0), (230, 60, 60), (190, 60, 200), (90, 90, 255), (0, 190, 255))
@@ -45,6 +45,17 @@ def marked(image: torch.Tensor, masks: list[torch.Tensor], colours, size) -> tor
         marks = F.max_pool2d(marks, 3, stride=1, padding=1)[0, 0] * 0.85
         picture = picture * (1 - marks) + torch.tensor(colour).view(3, 1, 1) * marks
     return picture.round().to(torch.uint8)
+
+
+def widened(labels: torch.Tensor) -> torch.Tensor:
+    """Answers (H,W) uint8 for a small panel: each label grows over the unlabelled pixels beside it
+    until it is some five pixels of the panel wide, so that single pixels are seen."""
+    reach = int(2.5 * labels.shape[1] / WIDTH)
+    grown = (labels.cpu() + 1)[None, None].float()  # no label is 0: 255 + 1 of uint8
+    for side in ((reach, 0), (0, reach)):  # down, then across: one square window would cost more
+        window = [2 * length + 1 for length in side]
+        grown = F.max_pool2d(grown, window, stride=1, padding=side)
+    return torch.where(labels.cpu() == IGNORE, grown[0, 0].to(torch.uint8) - 1, labels.cpu())
 
 
 def fit(shape, width: int) -> tuple[int, int]:

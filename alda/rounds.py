@@ -59,7 +59,7 @@ from alda.distributed import (
 )
 from alda.evaluation import network_logits, same_sized
 from alda.oracle import asking
-from alda.pictures import class_picture, save_round, save_sheet
+from alda.pictures import class_picture, save_round, save_sheet, widened
 from alda.run import Run, check_folder
 from alda.selftraining import (
     ConfidenceHistogram,
@@ -266,7 +266,7 @@ def store_picks(s: Settings, target, rounds: Rounds, number: int, chosen: Chosen
             if index in shown:
                 before = asked_before(target, rounds, number, index)
                 known = rounds.labels(sample.id, sample.size, number - 1)
-                answered = torch.where(answers == IGNORE, known, answers)
+                answered = widened(torch.where(answers == IGNORE, known, answers))
                 panels = {**shown[index], "answers so far": answered, **truth_of(target, index)}
                 save_round(panels, asked, before, folder / f"{sample.id}.png")
                 write_map(folder / f"{sample.id}_prediction.png", panels["prediction"])

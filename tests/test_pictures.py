@@ -57,6 +57,21 @@ def test_picks_of_this_round_and_of_earlier_ones_have_their_colours():
     assert (small[0] > 100).sum() == 9
 
 
+def test_single_answers_are_seen_in_a_small_panel():
+    """Of 2048 columns a panel of 330 shows every sixth: one answer of class 0 and one of class 5."""
+    answers = torch.full((1024, 2048), 255, dtype=torch.uint8)
+    answers[500, 1000], answers[500, 1100] = 0, 5
+    shown = np.array(P.sheet({"image": IMAGE, "answers": P.widened(answers)}, legend=False))
+    panel = shown[18 : 18 + 165, 672:1002].reshape(-1, 3)
+    for label in (0, 5):
+        assert 16 <= (panel == CLASSES[label].colour).all(1).sum() <= 36, label
+    wide = P.widened(answers)
+    assert (wide != 255).sum() == 2 * 31 * 31  # nothing further than 15 pixels
+    assert wide[500, 1100] == 5
+    whole = torch.arange(19, dtype=torch.uint8).repeat(1024, 1)
+    assert torch.equal(P.widened(whole), whole)  # no answer is painted over
+
+
 def test_the_names_beside_the_bars_do_not_touch():
     """In the panel of a story: two columns, each name a line of its own with white between."""
     drawn = np.array(P.bars(dict.fromkeys(NAMES, 1), (165, 330)))
