@@ -48,8 +48,8 @@ def marked(image: torch.Tensor, masks: list[torch.Tensor], colours, size) -> tor
 
 
 def widened(labels: torch.Tensor) -> torch.Tensor:
-    """Answers (H,W) uint8 for a small panel: each label grows over the unlabelled pixels beside it
-    until it is some five pixels of the panel wide, so that single pixels are seen."""
+    """Answers (H,W) uint8 for a small panel, of the same shape: each label grows over the unlabelled
+    pixels beside it until it is some five pixels of the panel wide, so that single pixels are seen."""
     reach = int(2.5 * labels.shape[1] / WIDTH)
     grown = (labels.cpu() + 1)[None, None].float()  # no label is 0: 255 + 1 of uint8
     for side in ((reach, 0), (0, reach)):  # down, then across: one square window would cost more
