@@ -38,11 +38,12 @@ def test_differences_are_paired_by_seed():
         ("stal:unlabelled:light@0.05", "stal:supervised", "stal:supervised@0.05"),
         ("ripu+cbst@0.005", "ripu", "ripu@0.005"),
         ("ripu:teacher:light@0.005", "ripu", "ripu@0.005"),
+        ("ripu:low-rate:long@0.05", "full", "full:low-rate:long"),
     ],
 )
 def test_a_row_is_compared_with_its_own_kind(row, against, expected):
     rows = [row, "random:low-rate:long@0.05", "random:pa", "random:pa:low-rate:long"]
-    rows += ["stal:supervised:strong@0.05"]
+    rows += ["stal:supervised:strong@0.05", "full:low-rate:long"]
     assert evidence.compared_with(row, against, rows) == expected
 
 

@@ -197,15 +197,17 @@ def paired(mine: dict, other: dict) -> str:
 
 
 def compared_with(row: str, against: str, rows) -> str:
-    """The one of `rows` that `row` is measured against: of the same budget, or pixels an image, and of
-    the same variants (twice the steps, say), as many of its last ones as there is another row for."""
+    """The one of `rows` that `row` is measured against: of the same budget, or pixels an image, or with
+    none (`full`), and of the same variants (twice the steps, say), as many of its last ones as there is
+    another row for."""
     strategy, variants, _, budget = split(row)
     variants = ["pa", *variants] if strategy == "ripu-pa" else variants
     budget = f"@{budget}" if budget else ""
-    for i in range(len(variants)):
-        alike = ":".join([against, *variants[i:]]) + budget
-        if alike in rows and alike != row:
-            return alike
+    for i in range(len(variants) + 1):
+        name = ":".join([against, *variants[i:]])
+        for alike in (name + budget, name):
+            if alike in rows and alike != row:
+                return alike
     return against + budget
 
 
