@@ -3,6 +3,7 @@
 pytest tests/test_evidence.py
 """
 
+import math
 import re
 import subprocess
 import sys
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import evidence
+from tests.benchmarks import evidence, orderings
 
 ROOT = Path(__file__).parent.parent
 RESULTS = (ROOT / "tests/benchmarks/RESULTS.md").read_text()
-COMMANDS = re.findall(r"^python (-m tests.benchmarks.evidence .*--only-table.*)$", RESULTS, re.M)
+COMMANDS = re.findall(
+    r"^python (-m tests.benchmarks.(?:evidence .*--only-table.*|orderings))$", RESULTS, re.M
+)
 
 
 def test_differences_are_paired_by_seed():
@@ -61,6 +64,49 @@ def test_a_record_keeps_what_it_has(tmp_path):
     assert record["ripu@0.005", 0]["IoU"] == run["IoU"] and "student" not in record["ripu@0.005", 0]
 
 
+@pytest.mark.parametrize(
+    "gaps, expected",
+    [
+        ([], ""),
+        ([1.0], ""),
+        ([1.0, 3.0], "+2.0 ± 1.0 (2)"),
+        ([1.0, 3.0, 2.0], "+2.0 ± 0.6 (3) yes"),  # 3.5 errors, of 4.3 that a t-test wants
+        ([-1.0, -3.0, -2.0], "-2.0 ± 0.6 (3) no"),
+        ([1.0, 1.0, 4.0], "+2.0 ± 1.0 (3) yes"),
+        ([1.0, 3.0, 2.0, 1.0, 3.0], "+2.0 ± 0.4 (5) **yes**"),  # 4.5, of 2.8
+        ([-1.0, -3.0, -2.0, -1.0, -3.0], "-2.0 ± 0.4 (5) **no**"),
+        ([0.0, 3.0, 0.0], "+1.0 ± 1.0 (3) in the mean"),
+        ([0.0, -3.0, 0.0], "-1.0 ± 1.0 (3) behind in the mean"),
+        ([0.0, 3.0, -1.0], "+0.7 ± 1.2 (3) not shown"),
+        ([0.0, -3.0, 1.0], "-0.7 ± 1.2 (3) not shown"),
+    ],
+)
+def test_what_is_read_from_differences(gaps, expected):
+    assert orderings.verdict(gaps) == expected
+
+
+@pytest.mark.parametrize("n", orderings.T_5_PERCENT)
+def test_the_t_test(n):
+    """Student's density of n - 1 degrees of freedom, integrated between the limits: 95 %."""
+    freedom, limit, parts = n - 1, orderings.T_5_PERCENT[n], 20_000
+    factor = math.gamma(n / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+    middles = (limit * (i + 0.5) / parts for i in range(parts))
+    half = sum(factor * (1 + t * t / freedom) ** (-n / 2) for t in middles) * limit / parts
+    assert 2 * half == pytest.approx(0.95, abs=1e-4)
+
+
+def test_orderings_compare_rows_of_one_kind():
+    """Seeds that both have, rows of the same variants and budget, second minus first."""
+    name = orderings.full_name
+    assert name("ripu+cbst@0.05", ":long") == "ripu:long+cbst@0.05"
+    assert name("cbda:both@0.05", "") == "cbda:both@0.05" and name("full", ":long") == "full:long"
+    assert name("source-only", ":long") == "source-only"
+    scores = {"random:long@0.05": (0.10, 0.20, 0.30), "ripu:long@0.05": (0.11, 0.23, 0.32, 0.9)}
+    scores |= {"random@0.05": (0.5,), "ripu:long@0.022": (0.6,)}
+    runs = {(row, i): {"mIoU19": x} for row, xs in scores.items() for i, x in enumerate(xs)}
+    assert orderings.compare(runs, ":long", "random@0.05", "ripu@0.05") == "+2.0 ± 0.6 (3) yes"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_tables_of_the_results_are_the_records(command):
     """Every line that a table command of RESULTS.md prints stands there, minutes and all."""
@@ -73,4 +119,4 @@ def test_tables_of_the_results_are_the_records(command):
 
 
 def test_there_are_tables():
-    assert len(COMMANDS) >= 3
+    assert len(COMMANDS) >= 3 and "-m tests.benchmarks.orderings" in COMMANDS

@@ -1,0 +1,112 @@
+"""Which published orderings hold here? The first two tables of RESULTS.md, from its records.
+
+    python -m tests.benchmarks.orderings
+
+A cell is the mean of "second minus first" over the seeds that both have, in points of mIoU, +- its
+standard error, n in brackets, and what is read from it: `yes` or `no`, at least twice the standard
+error for or against, in bold where a paired t-test says so, too (two-sided, p < 0.05: 4.3 standard
+errors for n = 3, 2.8 for n = 5); `in the mean` or `behind in the mean`, once to twice; `not shown`,
+less. No verdict on two seeds.
+"""
+
+import math
+import statistics
+from pathlib import Path
+
+from tests.benchmarks.evidence import read_record
+
+HERE = Path(__file__).parent
+# what it is called in the table, its record, the variants of its rows
+SETTINGS = (
+    ("miniature world", "evidence-toy.jsonl", ""),
+    ("photographs, 1,000 steps, low rate", "evidence-real-160.jsonl", ":low-rate:long"),
+    ("photographs, 2,000 steps, high rate", "evidence-real-160.jsonl", ":twice:long"),
+)
+BUDGETS = ("0.005", "0.01", "0.022", "0.05")
+# of Student's t, both sides together 5 %: so many standard errors, by n
+T_5_PERCENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+BY_BUDGET = (
+    ("random < RIPU", "random", "ripu"),
+    ("entropy < RIPU", "entropy", "ripu"),
+    ("margin < RIPU", "margin", "ripu"),
+    ("RIPU < CBDA", "ripu", "cbda:both"),
+    ("RIPU < CBDA's balance alone", "ripu", "cbda:balance"),
+    ("RIPU < CBDA's dynamic acquisition alone", "ripu", "cbda:dynamic"),
+    ("CBDA's balance < both parts", "cbda:balance", "cbda:both"),
+    ("all labels < RIPU (published: level)", "full", "ripu"),
+    ("random < margin", "random", "margin"),
+    ("(ours) RIPU < RIPU with CBST's labels", "ripu", "ripu+cbst"),
+    ("(ours) random < random with CBST's labels", "random", "random+cbst"),
+)
+OTHERS = (
+    ("random pixels < RIPU's, 40 an image", "random:pa", "ripu-pa"),
+    ("start < ST", "source-only", "st"),
+    ("start < CBST", "source-only", "cbst"),
+    ("start < CBST-SP", "source-only", "cbst-sp"),
+    ("ST < CBST", "st", "cbst"),
+    ("CBST < CBST-SP", "cbst", "cbst-sp"),
+    ("STAL, 5 %: supervised < with L_u", "stal:supervised@0.05", "stal:unlabelled@0.05"),
+    ("STAL, 5 %: L_u < with L_c", "stal:unlabelled@0.05", "stal:random@0.05"),
+    ("STAL, 5 %: random images < its queries", "stal:random@0.05", "stal@0.05"),
+    (
+        "(ours) CBDA's balance, 5 % < + CutMix",
+        "cbda:balance@0.05",
+        "cbda:balance:teacher:mixed@0.05",
+    ),
+)
+
+
+def verdict(gaps: list[float]) -> str:
+    """ "+1.0 ± 0.6 (5) in the mean" of differences in points."""
+    if len(gaps) < 2:
+        return ""
+    mean, error = statistics.mean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
+    text = f"{mean:+.1f} ± {error:.1f} ({len(gaps)})"
+    if len(gaps) == 2:
+        return text
+    if abs(mean) < error:
+        return f"{text} not shown"
+    if abs(mean) < 2 * error:
+        return f"{text} {'in' if mean > 0 else 'behind in'} the mean"
+    word = "yes" if mean > 0 else "no"
+    return f"{text} **{word}**" if abs(mean) > T_5_PERCENT[len(gaps)] * error else f"{text} {word}"
+
+
+def full_name(row: str, variants: str) -> str:
+    """ "ripu+cbst@0.05", ":long" -> "ripu:long+cbst@0.05"; all start from the same network."""
+    if row == "source-only":
+        return row
+    text, at, budget = row.partition("@")
+    text, plus, pseudo = text.partition("+")
+    return text + variants + plus + pseudo + at + budget
+
+
+def compare(runs: dict, variants: str, first: str, second: str) -> str:
+    """The cell of one ordering; `runs` by (row, seed)."""
+    rows = [full_name(row, variants) for row in (first, second)]
+    a, b = ({seed: r["mIoU19"] for (name, seed), r in runs.items() if name == row} for row in rows)
+    return verdict([100 * (b[seed] - a[seed]) for seed in sorted(a.keys() & b.keys())])
+
+
+def main() -> None:
+    records = [read_record(HERE / file) for _, file, _ in SETTINGS]
+    print("| ordering | where | 0.5 % | 1 % | 2.2 % | 5 % |\n|---|---|---|---|---|---|")
+    for ordering, first, second in BY_BUDGET:
+        for runs, (where, _, variants) in zip(records, SETTINGS, strict=True):
+            cells = []
+            for budget in BUDGETS:
+                without = first if first == "full" else f"{first}@{budget}"
+                cells.append(compare(runs, variants, without, f"{second}@{budget}"))
+            if any(cells):
+                print(f"| {ordering} | {where} | {' | '.join(cells)} |")
+    print("\n| ordering | miniature world | photographs, 1,000 steps, low rate |\n|---|---|---|")
+    for ordering, first, second in OTHERS:
+        cells = [
+            compare(runs, variants, first, second)
+            for runs, (_, _, variants) in zip(records[:2], SETTINGS, strict=False)
+        ]
+        print(f"| {ordering} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
