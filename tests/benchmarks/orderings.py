@@ -1,12 +1,11 @@
-"""Which published orderings hold here? The first two tables of RESULTS.md, from its records.
+"""Which orderings hold here? The first two tables of RESULTS.md, from its records.
 
     python -m tests.benchmarks.orderings
 
-A cell is the mean of "second minus first" over the seeds that both have, in points of mIoU, +- its
-standard error, n in brackets, and what is read from it: `yes` or `no`, at least twice the standard
-error for or against, in bold where a paired t-test says so, too (two-sided, p < 0.05: 4.3 standard
-errors for n = 3, 2.8 for n = 5); `in the mean` or `behind in the mean`, once to twice; `not shown`,
-less. No verdict on two seeds.
+`a < b` asks: is b better? A cell is b minus a in points of mIoU, the mean over the seeds that both
+have, +- its standard error, n in brackets, and the answer: **yes** or **no** where a paired t-test
+gives one (two-sided, p < 0.05: 4.3 standard errors for n = 3, 2.8 for n = 5), `leans yes` or
+`leans no` from one standard error on, `undecided` below; of two seeds, none.
 """
 
 import math
@@ -33,8 +32,8 @@ BY_BUDGET = (
     ("RIPU < CBDA's balance alone", "ripu", "cbda:balance"),
     ("RIPU < CBDA's dynamic acquisition alone", "ripu", "cbda:dynamic"),
     ("CBDA's balance < both parts", "cbda:balance", "cbda:both"),
-    ("all labels < RIPU (published: level)", "full", "ripu"),
-    ("random < margin", "random", "margin"),
+    ("all labels at the same rate < RIPU (published: level)", "full", "ripu"),
+    ("(no paper) random < margin", "random", "margin"),
     ("(ours) RIPU < RIPU with CBST's labels", "ripu", "ripu+cbst"),
     ("(ours) random < random with CBST's labels", "random", "random+cbst"),
 )
@@ -49,7 +48,7 @@ OTHERS = (
     ("STAL, 5 %: L_u < with L_c", "stal:unlabelled@0.05", "stal:random@0.05"),
     ("STAL, 5 %: random images < its queries", "stal:random@0.05", "stal@0.05"),
     (
-        "(ours) CBDA's balance, 5 % < + CutMix",
+        "(ours) CBDA's balance, 5 % < it with CutMix",
         "cbda:balance@0.05",
         "cbda:balance:teacher:mixed@0.05",
     ),
@@ -57,7 +56,7 @@ OTHERS = (
 
 
 def verdict(gaps: list[float]) -> str:
-    """ "+1.0 ± 0.6 (5) in the mean" of differences in points."""
+    """ "+1.0 ± 0.6 (5) leans yes" of differences in points."""
     if len(gaps) < 2:
         return ""
     mean, error = statistics.mean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
@@ -65,11 +64,10 @@ def verdict(gaps: list[float]) -> str:
     if len(gaps) == 2:
         return text
     if abs(mean) < error:
-        return f"{text} not shown"
-    if abs(mean) < 2 * error:
-        return f"{text} {'in' if mean > 0 else 'behind in'} the mean"
+        return f"{text} undecided"
     word = "yes" if mean > 0 else "no"
-    return f"{text} **{word}**" if abs(mean) > T_5_PERCENT[len(gaps)] * error else f"{text} {word}"
+    sure = abs(mean) > T_5_PERCENT[len(gaps)] * error
+    return f"{text} **{word}**" if sure else f"{text} leans {word}"
 
 
 def full_name(row: str, variants: str) -> str:
