@@ -186,14 +186,19 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
+def mean_and_error(gaps: list[float]) -> tuple[float, float]:
+    """The mean of at least two differences and its standard error."""
+    return statistics.mean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
+
+
 def paired(mine: dict, other: dict) -> str:
     """The mean difference by seed +- its standard error, and the difference of each seed."""
     gaps = [mine[seed] - other[seed] for seed in mine if seed in other]
     if len(gaps) < 2:
         return ""
-    error = statistics.stdev(gaps) / math.sqrt(len(gaps))
+    mean, error = mean_and_error(gaps)
     each = ", ".join(f"{gap:+.1f}" for gap in gaps)
-    return f"{statistics.mean(gaps):+.1f} ± {error:.1f} ({each})"
+    return f"{mean:+.1f} ± {error:.1f} ({each})"
 
 
 def compared_with(row: str, against: str, rows) -> str:

@@ -1,4 +1,4 @@
-"""Which orderings hold here? The first two tables of RESULTS.md, from its records.
+"""Which orderings hold here? The first two tables of RESULTS.md, from the records of evidence.py.
 
     python -m tests.benchmarks.orderings
 
@@ -8,11 +8,9 @@ gives one (two-sided, p < 0.05: 4.3 standard errors for n = 3, 2.8 for n = 5), `
 `leans no` from one standard error on, `undecided` below; of two seeds, none.
 """
 
-import math
-import statistics
 from pathlib import Path
 
-from tests.benchmarks.evidence import read_record
+from tests.benchmarks.evidence import mean_and_error, read_record, split
 
 HERE = Path(__file__).parent
 # what it is called in the table, its record, the variants of its rows
@@ -59,7 +57,7 @@ def verdict(gaps: list[float]) -> str:
     """ "+1.0 ± 0.6 (5) leans yes" of differences in points."""
     if len(gaps) < 2:
         return ""
-    mean, error = statistics.mean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
+    mean, error = mean_and_error(gaps)
     text = f"{mean:+.1f} ± {error:.1f} ({len(gaps)})"
     if len(gaps) == 2:
         return text
@@ -74,9 +72,9 @@ def full_name(row: str, variants: str) -> str:
     """ "ripu+cbst@0.05", ":long" -> "ripu:long+cbst@0.05"; all start from the same network."""
     if row == "source-only":
         return row
-    text, at, budget = row.partition("@")
-    text, plus, pseudo = text.partition("+")
-    return text + variants + plus + pseudo + at + budget
+    strategy, own, pseudo, budget = split(row)
+    name = ":".join([strategy, *own]) + variants
+    return name + (f"+{pseudo}" if pseudo else "") + (f"@{budget}" if budget else "")
 
 
 def compare(runs: dict, variants: str, first: str, second: str) -> str:
