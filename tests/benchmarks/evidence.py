@@ -29,9 +29,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from alda.evaluation import draw_curve
-from alda.pictures import new_figure
-
 
 class World(NamedTuple):
     """The recipe of all rows: image size; (steps, rate) of the source-trained start, 4 images a step,
@@ -259,6 +256,9 @@ def print_classes(results: dict[str, dict[int, dict]]) -> None:
 def draw(results: dict[str, dict[int, dict]], path: Path, world: str) -> None:
     """The picture of `alda.evaluation compare --plot`, from a record: mIoU over the share of pixels
     asked, a line a row without its budget, bands of +- the standard deviation over the seeds."""
+    from alda.evaluation import draw_curve  # here: they bring torch, which no table needs
+    from alda.pictures import new_figure
+
     drawing = new_figure((6, 4))
     if drawing is None:
         raise SystemExit("--plot needs matplotlib: pip install matplotlib")
