@@ -223,9 +223,9 @@ def checked_picture(content: bytes):
 
 
 def turned(picture: Image.Image) -> bool:
-    """Whether a JPEG of a camera that was held upright is stored lying (EXIF orientation 5 to 8), or
-    upside down or mirrored (2 to 4)."""
-    return picture.format == "JPEG" and picture.getexif().get(0x0112, 1) in range(2, 9)
+    """Whether a JPEG (MPO: one with a second picture behind it) of a camera that was held upright is
+    stored lying (EXIF orientation 5 to 8), or upside down or mirrored (2 to 4)."""
+    return picture.format in ("JPEG", "MPO") and picture.getexif().get(0x0112, 1) in range(2, 9)
 
 
 def read_image(path: Path) -> torch.Tensor:
@@ -307,12 +307,14 @@ class SegmentationDataset(Dataset):
     The list is checked once: every image must have a label (where the split has any) and an id of
     its own that is a plain file name (InputError), every header must be readable; an image whose
     label has another size is left out, with one warning line (GTA5 has a few of them). Where nothing
-    is learnt from the labels (`reads_labels` False) they may be missing, and change no fingerprint.
+    is learnt from the labels (`reads_labels` False) they may be missing or broken, and change no
+    fingerprint.
     """
 
     def __init__(self, name: str, samples: list[Sample], space: str, reads_labels: bool = True):
         self.name, self.samples, self.space = name, samples, space
         self.reads_labels = reads_labels
+        self.unreadable: set[int] = set()  # labels that `truth` has warned of
         first: dict[str, Sample] = {}
         for sample in samples:
             file_name(sample.id)
@@ -340,11 +342,19 @@ class SegmentationDataset(Dataset):
         return any(sample.label is not None for sample in self.samples)
 
     def truth(self, index: int) -> torch.Tensor:
-        """The labels for reports and pictures, (H,W) uint8; 255 everywhere where an image has
-        none."""
-        if self.samples[index].label is None:
-            return torch.full(self.samples[index].size, IGNORE, dtype=torch.uint8)
-        return self.labels(index)
+        """The labels for reports and pictures, (H,W) uint8; 255 everywhere where an image has none,
+        and, where nothing is learnt from them, with a warning, where they cannot be read."""
+        sample = self.samples[index]
+        try:
+            if sample.label is not None:
+                return self.labels(index)
+        except InputError as error:
+            if self.reads_labels:
+                raise
+            if index not in self.unreadable:
+                print(f"warning: {error}; it counts as unlabelled here", flush=True)
+            self.unreadable.add(index)
+        return torch.full(sample.size, IGNORE, dtype=torch.uint8)
 
     def classes(self, index: int) -> torch.Tensor:
         """Which classes the image holds: (C,) bool."""
@@ -375,12 +385,13 @@ class SegmentationDataset(Dataset):
 
 
 def file_name(image_id: str) -> str:
-    """The id, where it is a plain file name; InputError where it would lead to another folder."""
+    """The id, where it is a plain file name; InputError where it would lead to another folder, or no
+    text file can hold it (a name that is not UTF-8)."""
     bad = not image_id or image_id.startswith(".") or any(c in image_id for c in "/\\:\0")
-    if bad:
+    if bad or any("\ud800" <= c <= "\udfff" for c in image_id):
         raise InputError(
-            f"image id {image_id!r} is no plain file name: it must have no slash, backslash or "
-            "colon and not begin with a dot; rename the image and its label"
+            f"image id {image_id!r} is no plain file name: it must be UTF-8, have no slash, backslash "
+            "or colon and not begin with a dot; rename the image and its label"
         )
     return image_id
 
@@ -1084,11 +1095,15 @@ def check_split(name: str, root: Path, split: str) -> tuple[list[str], list[str]
     groups = len({sample.group for sample in data.samples})
     found = [f"{len(data)} images in {groups} groups, {len(labelled)} labels; {sizes}"]
     classes, broken = count_classes(data, labelled)
+    free = (
+        name in _TARGETS and split == "train"
+    )  # there are strategies that need none of its labels
     if classes:
         found.append(f"images that hold each class: {classes}")
+    elif labelled and not broken:
+        (found if free else wrong).append("no pixel of any label has a class")
     if there < len(data) and split != "test":
         lack = f"{len(data) - there} images have no label {labels}"
-        free = name in _TARGETS and split == "train"
         (found if free else wrong).append(lack + _WITHOUT_LABELS * free)
     return found, wrong + broken, len(data)
 

@@ -15,6 +15,7 @@ covers r to r + 1 and c to c + 1, and belongs to a polygon that holds its centre
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -121,7 +122,8 @@ class Questions:
         count = sum(max(1, len(image["picks"])) for image in self.images.values())
         raise Waiting(
             f"round {self.number} asks {count:,} questions on {len(self.images):,} images, in "
-            f"{self.path}: python -m alda.annotate {out} shows them, README.txt there tells other ways"
+            f"{self.path}: python -m alda.annotate {shlex.quote(str(out))} shows them, README.txt there "
+            "tells other ways"
         )
 
 
@@ -439,7 +441,7 @@ def shape_mask(shape: dict, size: tuple[int, int]) -> np.ndarray:
     point on it) or point (the pixel it lies in). InputError where it is none of these."""
     kind = shape.get("shape_type") or "polygon" if isinstance(shape, dict) else None
     least = {"polygon": 3, "rectangle": 2, "circle": 2, "point": 1}
-    if kind not in least:
+    if not isinstance(kind, str) or kind not in least:
         raise InputError(f"is a {kind}, expected one of {', '.join(least)}")
     try:
         points = np.array(shape["points"], np.float64)

@@ -971,7 +971,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         print(f"miniature world: {ensure(options.dir, options.seed)}")
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -229,6 +229,54 @@ def test_a_photograph_of_a_turned_camera_stands_upright(orientation, tmp_path):
     assert (data.image(0).float().permute(1, 2, 0) - torch.from_numpy(upright)).abs().mean() < 9
 
 
+def test_a_turned_photograph_with_a_second_picture_behind_it_stands_upright(tmp_path):
+    """Some telephones write one, as JPEG's format MPO."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "cityscapes/leftImg8bit/train/home/a_leftImg8bit.jpg"
+    path.parent.mkdir(parents=True)
+    lying, second = Image.new("RGB", (48, 32)), Image.new("RGB", (12, 8))
+    lying.save(path, "MPO", save_all=True, append_images=[second], exif=exif)
+    with Image.open(path) as picture:
+        assert picture.format == "MPO"
+    data = D.open_dataset("cityscapes", tmp_path, reads_labels=False)
+    assert data.samples[0].size == (48, 32) and data.image(0).shape == (3, 48, 32)
+
+
+def test_a_broken_label_that_nobody_learns_from_is_none(tmp_path, capsys):
+    """Of the right size, but a picture in colours: a warning, once; an error where it is learnt from."""
+    photograph(tmp_path, "a_leftImg8bit.png")
+    label = tmp_path / "cityscapes/gtFine/train/home/a_gtFine_labelIds.png"
+    put(label, np.zeros((4, 6, 3), np.uint8))
+    data = D.open_dataset("cityscapes", tmp_path, reads_labels=False)
+    for _ in range(2):
+        assert (data.truth(0) == 255).all() and data.truth(0).shape == (4, 6)
+    said = capsys.readouterr().out
+    assert said.count("warning: ") == 1 and str(label) in said and "unlabelled here" in said
+    with pytest.raises(InputError, match="RGB"):
+        D.open_dataset("cityscapes", tmp_path).truth(0)
+
+
+def test_a_name_that_no_text_can_hold_is_refused_at_once():
+    with pytest.raises(InputError, match=r"stra.udcdfe.*must be UTF-8"):
+        D.file_name(b"stra\xdfe".decode("utf-8", "surrogateescape"))
+
+
+def test_check_finds_labels_without_a_class(tmp_path, capsys):
+    """In val a problem, in train, which some strategies use without its labels, none."""
+    gta5_pair(tmp_path, "00001.png", np.array([[7, 26, 0]], np.uint8))
+    for split in ("train", "val"):
+        photograph(tmp_path, "a_leftImg8bit.png", split)
+        label = tmp_path / f"cityscapes/gtFine/{split}/home/a_gtFine_labelIds.png"
+        put(label, np.zeros((4, 6), np.uint8))
+    assert D.main(["check", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    lines = (said.out + said.err).splitlines()
+    none = [line for line in lines if "no pixel of any label has a class" in line]
+    assert [line.startswith("cityscapes train: no pixel") for line in none] == [True, False]
+    assert none[1].startswith("cityscapes val: problem: ")
+
+
 def test_a_wrong_name_shows_the_pattern_that_is_looked_for(tmp_path):
     photograph(tmp_path, "IMG_1.JPG")
     pattern = r"1 pictures have other names, IMG_1\.JPG.*train/CITY/NAME_leftImg8bit\.png"

@@ -408,6 +408,7 @@ BROKEN = {
     "huge": {"label": "car", "points": [[1, 2], [3, 1e300], [5, 6]]},
     "a line": {"label": "car", "points": [[1, 2], [3, 4]], "shape_type": "line"},
     "a list for its kind": {"label": "car", "points": [[1, 2]], "shape_type": []},
+    "an object for its kind": {"label": "car", "points": [[1, 2]], "shape_type": {"a": 1}},
     "no label": {"points": [[1, 2], [3, 4], [5, 6]]},
     "a number for a label": {"label": 7, "points": [[1, 2], [3, 4], [5, 6]]},
 }

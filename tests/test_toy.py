@@ -228,3 +228,10 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert toy.main() == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and str(tmp_path) in error
+    link = tmp_path / "link"  # to an empty folder: a folder cannot be renamed over it
+    (tmp_path / "empty").mkdir()
+    link.symlink_to(tmp_path / "empty")
+    monkeypatch.setattr(sys, "argv", ["toy", str(link)])
+    assert toy.main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and str(link) in error
