@@ -647,7 +647,8 @@ def network_in(content, path):
     """The arguments of `build` that belong to the weights in `content`, what `read` gave of the file
     `path`: a checkpoint of this package says them, STAL's and CRST's layouts imply them; {} for
     others (RIPU's network is `build`'s default). Raises InputError."""
-    return content.get("network") or OFFICIAL_NETWORKS.get(layout_of(content, path), {})
+    layout = layout_of(content, path)
+    return content.get("network", {}) if layout == "alda" else OFFICIAL_NETWORKS.get(layout, {})
 
 
 def load_checkpoint(model, path, which="model"):
@@ -743,6 +744,12 @@ def damaged_part(path):
         return None
     with zipfile.ZipFile(path) as file:
         return file.testzip()
+
+
+def backbone_only(init):
+    """Whether a start (`init` of `build`) leaves the classifier at random weights: "imagenet", "none", or
+    the file of a classification network. Raises InputError."""
+    return init in ("imagenet", "none") or layout_of(read(init), init) == "torchvision"
 
 
 def layout_of(content, path):

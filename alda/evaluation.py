@@ -390,7 +390,7 @@ def comparison_row(run: str, result: dict, s: dict) -> dict:
     """What `compare` says of a run: {fact: value}."""
     budget, present = result["budget"], sum(v is not None for v in result["IoU"].values())
     asked_for = s["budget"] if budget["asked"] else None
-    if s["pixels"]:
+    if s["pixels"] and s.get("unit", "pixel") == "pixel":
         asked_for = f"{s['pixels']} px an image"
     teacher = {}
     if "student" in result:
@@ -426,13 +426,14 @@ def comparison_row(run: str, result: dict, s: dict) -> dict:
 
 def recipe(s: dict) -> str:
     """Eight letters that two runs share exactly when their settings are equal in everything but the
-    seed and what changes no result; a start of --init FILE counts without the seed in its path."""
+    seed and what changes no result; a start (--init FILE, --source-free FILE) counts without the seed
+    in its path."""
     without = (*MAY_CHANGE, "seed", "eval_every", "checkpoint_every")
     kept = {name: value for name, value in s.items() if name not in without}
-    if "init" in kept:
-        # a number of its own, not in gta5 or mobilenet_v2; of several the last: exp1/source-1/last.pt
-        seed = rf"(?<!\d)(?<!gta)(?<!v){s['seed']}(?!\d)"
-        kept["init"] = re.sub(rf"(.*){seed}", r"\1SEED", str(kept["init"]), count=1)
+    # a number of its own, not in gta5 or mobilenet_v2; of several the last: exp1/source-1/last.pt
+    seed = rf"(?<!\d)(?<!gta)(?<!v){s['seed']}(?!\d)"
+    for name in {"init", "source_free"} & kept.keys():
+        kept[name] = re.sub(rf"(.*){seed}", r"\1SEED", str(kept[name]), count=1)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -621,6 +622,11 @@ def load_run(path: str | Path, device, which: str | None = None, network: dict |
         raise InputError(f"{file}: no checkpoint there; give a run's folder or a checkpoint file")
     content = deeplab.read(file)
     which = which or ("teacher" if "network" in content and "teacher" in content else "model")
+    if deeplab.layout_of(content, file) == "torchvision":
+        raise InputError(
+            f"{file}: the weights of a classification network, which fill the backbone only; give a "
+            "trained run or a segmentation network's checkpoint"
+        )
     network = {**(network or {"net": "deeplabv2"}), **deeplab.network_in(content, file)}
     return deeplab.build(**network, init=str(file), which=which).to(device).eval()
 
@@ -711,11 +717,16 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+def run_of(path: str | Path) -> Path:
+    """The folder of the run that `path` belongs to: itself, or where checkpoints/last.pt lies."""
+    path = Path(path)
+    return path if path.is_dir() else path.absolute().parent.parent
+
+
 def run_settings(path: str | Path) -> dict:
     """The settings in the config.json of the run that `path` (its folder or a checkpoint in it)
     belongs to; {} without."""
-    path = Path(path)
-    config = (path if path.is_dir() else path.parent.parent) / "config.json"
+    config = run_of(path) / "config.json"
     if not config.is_file():
         return {}
     settings = read_json(config, "settings")["settings"]
@@ -731,8 +742,7 @@ def run_settings(path: str | Path) -> dict:
 def unfinished(path: str | Path, what: str) -> bool:
     """Whether a run's folder, or a checkpoint, belongs to a run of this package that has no result
     yet; a line says so, and `what` is done with it."""
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent.parent
+    folder = run_of(path)
     there = (folder / "config.json").is_file() and not (folder / "result.json").is_file()
     if there:
         print(f"note: {folder} is not finished (no result.json): {what}", file=sys.stderr)

@@ -145,6 +145,11 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
     `full` has all its labels from the first step, `--source-free` starts from a source-trained
     network and sees no source image.
     """
+    if s.source_free and deeplab.backbone_only(s.init):
+        raise InputError(
+            f"--source-free {s.source_free}: fills the backbone only, expected the checkpoint of a "
+            "source-trained network (of --strategy source-only, or an official one)"
+        )
     source = None if s.source_free else open_dataset(s.src, s.root)
     reads = s.reads_truth  # its labels may be missing where nothing is learnt from them
     target = None if s.strategy == "source-only" else open_dataset(s.tgt, s.root, "train", reads)
@@ -173,7 +178,7 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
         number, guess = bisect_right(schedule, step), bisect_right(guesses, step)
         bought = partial(bought_labels, target, rounds, number)
         if step in schedule and first_says(rounds.complete() < number):
-            note_before(s, run, run.model, validation, step)
+            note_before(s, run, teacher or run.model, validation, step)
             run.save(step)
             ask_pixels(s, run, target, rounds, number)
         if step in guesses and first_says(pseudo.complete() < guess):
@@ -212,7 +217,7 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
         if s.teacher:
             follow(teacher, run.model, step, s.ema)
         run.log(step + 1, *losses)
-        evaluate_and_save(s, run, validation, step + 1)
+        evaluate_and_save(s, run, teacher, validation, step + 1)
 
     result = {
         **final_scores(s, run, teacher, validation),
@@ -302,7 +307,8 @@ def train_cbst(s: Settings, out: Path, device: torch.device) -> dict:
     """CBST, CBST-SP and ST: rounds of pseudo-labels on the whole target set, each trained on with
     some source images.
 
-    Starts from a source-trained network: --init FILE, or one that is trained first in OUT/source.
+    Starts from a source-trained network: --init FILE, or one that is trained first in OUT/source,
+    from random weights, ImageNet's or a FILE that fills the backbone only.
     The training split of the target is used without its labels; the validation split is only
     scored.
     """
@@ -313,7 +319,7 @@ def train_cbst(s: Settings, out: Path, device: torch.device) -> dict:
     check_one_size(s)
     chosen = source_counts(s, len(source))
     starts = round_starts(s, [len(target) + n for n in chosen])
-    if s.init in ("imagenet", "none"):
+    if deeplab.backbone_only(s.init):
         s = train_source(s, out, device)
     s = replace(s, steps=starts[-1], poly_steps=0)
     rounds = Rounds(out / "pseudo")
@@ -348,7 +354,7 @@ def train_cbst(s: Settings, out: Path, device: torch.device) -> dict:
             losses.append({"cross_entropy": loss})
         run.optimizer.step()
         run.log(step + 1, *losses)
-        evaluate_and_save(s, run, validation, step + 1)
+        evaluate_and_save(s, run, None, validation, step + 1)
 
     nothing_asked = Rounds(out / "rounds")
     result = {
@@ -616,12 +622,11 @@ def result_of_loops(scores: list[dict]) -> dict:
 # ----------------------------------------------------------------------------- what the loops share
 
 
-def evaluate_and_save(s: Settings, run: Run, validation, step: int) -> None:
-    """The end of a step: a score in the log every --eval-every steps, a checkpoint every
+def evaluate_and_save(s: Settings, run: Run, teacher, validation, step: int) -> None:
+    """The end of a step: `final_scores` in the log every --eval-every steps, a checkpoint every
     --checkpoint-every steps, and the end of the run where a signal asks for it."""
     if s.eval_every and step % s.eval_every == 0:
-        scores = evaluate(run.model, validation, protocol_of(s), run.device, s.workers)
-        run.write_metrics({"step": step, **scores})
+        run.write_metrics({"step": step, **final_scores(s, run, teacher, validation)})
     if step % s.checkpoint_every == 0 or step == s.steps:
         run.save(step)
     run.stop_if_asked(step)

@@ -1,6 +1,7 @@
 """Confusion matrix and IoU against slow loops and recorded official outputs; protocols, export, command line."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -9,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
-from alda import deeplab
+from alda import InputError, deeplab
 from alda import evaluation as E
 from alda.datasets import CLASSES, SegmentationDataset, open_dataset
 from alda.pictures import new_figure
+from alda.settings import settings_for
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -496,8 +499,43 @@ def test_a_table_goes_into_a_pipe_or_through_a_link(tmp_path):
     ],
 )
 def test_a_start_counts_without_the_seed_as_a_number(first, second, alike):
-    found = {E.recipe({"seed": seed, "init": path}) for seed, path in (first, second)}
-    assert (len(found) == 1) == alike
+    for names in (("init",), ("init", "source_free")):
+        found = {E.recipe({"seed": k, **dict.fromkeys(names, x)}) for k, x in (first, second)}
+        assert (len(found) == 1) == alike
+
+
+def test_a_checkpoint_named_from_its_own_folder_knows_its_run(tmp_path, monkeypatch, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    settings = dataclasses.asdict(settings_for({"strategy": "random", "seed": 7}))
+    (tmp_path / "config.json").write_text(json.dumps({"settings": settings}))
+    monkeypatch.chdir(tmp_path / "checkpoints")
+    for path in ("last.pt", "../checkpoints/last.pt", tmp_path, ".."):
+        assert E.run_settings(path)["seed"] == 7
+        assert E.unfinished(path, "left out")
+    assert capsys.readouterr().err.count("is not finished") == 4
+
+
+def test_a_classification_network_is_not_scored(tmp_path):
+    path = tmp_path / "resnet18.pth"
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), path)
+    with pytest.raises(InputError, match="fill the backbone only; give a trained run"):
+        E.load_run(path, "cpu", network={"net": "deeplabv2", "backbone": "resnet18"})
+
+
+def test_a_foreign_file_with_our_word_in_it_has_an_unknown_layout(tmp_path):
+    path = tmp_path / "other.pt"
+    torch.save({"network": {"weight": torch.zeros(2)}}, path)
+    with pytest.raises(InputError, match="unknown layout; it holds network"):
+        E.load_run(path, "cpu")
+
+
+def test_pixels_an_image_are_no_budget_of_regions(tmp_path):
+    """--pixels is ripu-pa's default, but counts for single pixels alone."""
+    result = json.loads(Path(finished(tmp_path / "run"), "result.json").read_text())
+    for unit, expected in (("pixel", "40 px an image"), ("region", 0.022)):
+        s = settings_for({"strategy": "ripu-pa", "unit": unit})
+        row = E.comparison_row("run", result, dataclasses.asdict(s))
+        assert row["budget asked for"] == expected
 
 
 def test_how_often_a_run_is_scored_and_saved_is_no_part_of_its_recipe():

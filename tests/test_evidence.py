@@ -72,6 +72,7 @@ def test_a_record_keeps_what_it_has(tmp_path):
         ([0.0, -3.0, 0.0], "-1.0 ± 1.0 (3) leans no"),
         ([0.0, 3.0, -1.0], "+0.7 ± 1.2 (3) undecided"),
         ([0.0, -3.0, 1.0], "-0.7 ± 1.2 (3) undecided"),
+        ([1.0, 3.0] * 6, "+2.0 ± 0.3 (12) **yes**"),
     ],
 )
 def test_what_is_read_from_differences(gaps, expected):

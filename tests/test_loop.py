@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from alda import InputError, acquisition, annotation, evaluation, loop, settings
@@ -510,6 +511,22 @@ def test_source_free_sees_no_source_image(tiny_world, tmp_path, capsys):
     assert set(losses) == {"target", "negative"}
     after = state_of(tmp_path / "out")["model"]
     assert not torch.equal(before["backbone.conv1.weight"], after["backbone.conv1.weight"])
+
+
+def test_a_classification_network_is_no_source_trained_one(tiny_world, tmp_path, capsys):
+    """Its classifier would be random: CBST trains on the source first, --source-free refuses."""
+    weights = tmp_path / "resnet18.pth"
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), weights)
+    out = tmp_path / "cbst"
+    options = {"strategy": "cbst", "backbone": "resnet18", "init": weights}
+    assert loop.main(arguments(tiny_world, out, **options)) == 0
+    assert (out / "source/result.json").is_file()
+    for start in (weights, "none"):
+        options = {"strategy": "ripu", "source_free": start, "init": start, "query_steps": "0,3"}
+        options |= {"backbone": "resnet18", "batch_norm": "live"}
+        assert loop.main(arguments(tiny_world, tmp_path / "free", **options)) == 2
+        assert f"--source-free {start}: fills the backbone only" in capsys.readouterr().err
+    assert not (tmp_path / "free").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_with_all_of_them(tiny_world, tmp_path, capsys):

@@ -856,6 +856,7 @@ def test_a_run_with_a_teacher(tiny_world, tmp_path):
         "ema": 0.5,
         "budget": 0.2,
         "lr": 1e-4,
+        "eval_every": 8,
     }
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert loop.main(arguments(tiny_world, whole, **options)) == 0
@@ -869,6 +870,9 @@ def test_a_run_with_a_teacher(tiny_world, tmp_path):
     )
     result = json.loads((whole / "result.json").read_text())
     assert result["student"]["mIoU19"] != result["mIoU19"]
+    scored = next(line for line in lines if line["step"] == 8 and "mIoU19" in line)
+    for who in (lambda scores: scores, lambda scores: scores["student"]):  # one curve, to its end
+        assert who(scored)["mIoU19"] == who(result)["mIoU19"]
     real, steps = loop.follow, []
 
     def killed(teacher, student, step, decay):
