@@ -216,6 +216,13 @@ def broadcast_buffers(model: torch.nn.Module) -> None:
 
     Without SyncBatchNorm (on CPUs) the running statistics of the processes differ.
     """
-    if rank_and_world()[1] > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+    if rank_and_world()[1] == 1:
+        return
+    buffers = [*model.buffers()]
+    for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):  # one message each
+        alike = [buffer for buffer in buffers if buffer.dtype == dtype]
+        flat = torch.cat([buffer.flatten() for buffer in alike])
+        dist.broadcast(flat, 0)
+        parts = flat.split([buffer.numel() for buffer in alike])
+        for buffer, part in zip(alike, parts, strict=True):
+            buffer.copy_(part.view_as(buffer))

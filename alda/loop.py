@@ -110,7 +110,7 @@ from alda.selftraining import (
     source_portion,
     update_teacher,
 )
-from alda.settings import SELF_TRAINING, Settings, parse, poly_length, settings_for
+from alda.settings import SCHEDULED, SELF_TRAINING, Settings, parse, poly_length, settings_for
 from alda.stal import (
     StalState,
     contrast_sets,
@@ -426,6 +426,7 @@ def train_source(s: Settings, out: Path, device: torch.device) -> Settings:
         epochs=0,
         poly_steps=0,
         eval_every=0,
+        cache="",
         out=str(out / "source"),
         **{name: getattr(default, name) for name in kept},
     )
@@ -795,7 +796,8 @@ def run_strategy(s: Settings, out: Path, device: torch.device) -> None:
     rank, world = rank_and_world()
     began, mark = time.time(), "TOY " if s.root == "toy" else ""
     if rank == 0:
-        length = f"{s.epochs} epochs a round" if s.epochs else f"{s.steps} steps"
+        epochs = s.epochs and s.strategy not in SCHEDULED
+        length = f"{s.epochs} epochs a round" if epochs else f"{s.steps} steps"
         where = f"{device}" if world == 1 else f"{world} processes ({device.type})"
         print(
             f"{mark}{s.strategy}: {s.src} -> {s.tgt}, {length} on {where}, run folder {out}",

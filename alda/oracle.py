@@ -135,7 +135,8 @@ def draw_overlay(image: torch.Tensor, asked: torch.Tensor, path: Path) -> None:
 
 
 def instructions(unit: str, number: int, images: dict, start: str) -> str:
-    """The README.txt of a round: what is asked, how an answer is written, how `python START` goes on."""
+    """The README.txt of a round: what is asked, how an answer is written, how `start` --resume goes
+    on."""
     what = {
         "pixel": "single pixels: what does each marked pixel show?",
         "region": "small squares: what does each pixel of each marked square show?",
@@ -165,7 +166,7 @@ says "none of them". What was not asked is ignored and counted.
 
 {classes}
 
-  python {start} --resume --out RUN
+  {start} --resume --out RUN
 
 then checks all answers, lists everything that is wrong, and goes on when all is right; with
 --accept-partial it takes what is right and leaves the rest unanswered.

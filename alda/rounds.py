@@ -68,7 +68,7 @@ from alda.selftraining import (
     spatial_prior,
     target_portion,
 )
-from alda.settings import Settings
+from alda.settings import QUERIES, Settings
 
 CHUNK = 16  # label maps that a process holds before they are written
 
@@ -631,10 +631,11 @@ def report_pseudo(
         )
     before, now = earlier.get("accuracy"), record["accuracy"]
     if None not in (before, now) and now < before - 0.1:
+        last = "--pseudo-steps" if s.strategy in QUERIES else "--rounds"
         print(
             f"warning: the accuracy of the pseudo-labels fell from {percent(before)} to {percent(now)} %: "
             "the network learns its own mistakes; begin with a better one (--init), or end with an "
-            "earlier round (--rounds)",
+            f"earlier round ({last})",
             flush=True,
         )
 

@@ -53,7 +53,7 @@ from alda.distributed import (
     rank_and_world,
     say,
 )
-from alda.settings import MAY_CHANGE, default_folder
+from alda.settings import MAY_CHANGE, QUERIES, default_folder
 
 # what only a run writes: without a config.json beside it, nobody knows whose it is
 TRACES = ("checkpoints", "rounds", "pseudo", "source", "metrics.jsonl", "result.json")
@@ -134,6 +134,7 @@ class Run:
         self.rank, world = rank_and_world()
         self.half = s.precision == "bfloat16" or (s.precision == "auto" and has_bfloat16(device))
         self.network = network_of(s)
+        check_images_a_pass(s, self.network)
         self.model = self.fresh_model()
         if world > 1 and device.type == "cuda":
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -502,19 +503,23 @@ STOP = Stop()
 
 def resume_line(out: Path) -> str:
     """The command that goes on with the run in `out`."""
-    return f"python {started_with(out)} --resume --out {shlex.quote(str(out))}"
+    return f"{started_with(out)} --resume --out {shlex.quote(str(out))}"
 
 
 def started_with(out: Path) -> str:
-    """What python ran when the run in `out` began: a script, which may have brought a score of its
-    own (config.json says so), else -m alda.loop."""
+    """The command without options that began the run in `out`, as its config.json says: python, or
+    torchrun with as many processes; a script, which may have brought a score of its own, else -m
+    alda.loop."""
+    processes = 1
     try:
-        script = Path(read_json(out / "config.json", "command")["command"][1])
+        record = read_json(out / "config.json", "command")
+        script, processes = Path(record["command"][1]), record.get("processes", 1)
     except (InputError, LookupError, TypeError):  # the command that runs now
         script = Path(sys.argv[0])
     own = script.suffix == ".py" and script.is_file() and script.name != "__main__.py"
     own = own and script.resolve().parent != Path(__file__).resolve().parent
-    return shlex.quote(str(script)) if own else "-m alda.loop"
+    python = "python" if processes == 1 else f"torchrun --nproc_per_node {processes}"
+    return f"{python} {shlex.quote(str(script)) if own else '-m alda.loop'}"
 
 
 @contextmanager
@@ -561,6 +566,21 @@ def network_of(s) -> dict:
     if s.strategy == "stal":
         network |= {"representation": 256 if s.contrast else 0, "auxiliary": s.auxiliary > 0}
     return network
+
+
+def check_images_a_pass(s, network: dict) -> None:
+    """Raises InputError, before anything is asked or trained, where DeepLabV3+ with live batch norm
+    would see a single image: it normalises the mean over each image by those of the others."""
+    if network["net"] != "deeplabv3plus" or network["batch_norm"] != "live":
+        return
+    processes, parts = rank_and_world()[1], 1 if s.strategy == "stal" else s.accumulate
+    both = s.strategy in ("full", *QUERIES) and not s.source_free  # source and target in one pass,
+    both = both and (bool(s.crop) or s.source_hw == s.target_hw)  # where they have one size
+    if s.batch // (processes * parts) * (1 + both) < 2:
+        raise InputError(
+            f"--batch {s.batch} in {processes} processes and --accumulate {parts} parts is one image a "
+            f"pass, DeepLabV3+ with live batch norm needs 2: give --batch {2 * processes * parts}"
+        )
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from alda import InputError
+from alda import InputError, deeplab
 from alda.acquisition import SCORES
 from alda.datasets import parse_scale, parse_size, read_json
 
@@ -320,7 +320,8 @@ class Settings:
     source_steps: int = option(
         0,
         "CBST",
-        "steps of the source training where --init is no file; 0: --steps where given, else as source-only",
+        "steps of the source training, where --init is no whole network; 0: --steps where given, else as "
+        "source-only",
         low=0,
         read_by=SELF_TRAINING,
     )
@@ -410,6 +411,8 @@ class Settings:
         0.7,
         "STAL",
         "pixels less likely than this are hard; 1: all are, plain cross-entropy",
+        low=0,
+        high=1,
         read_by=STAL,
     )
     ema: float = option(
@@ -679,7 +682,7 @@ def without_effect(given: dict, s: Settings) -> list[str]:
         (s.protocol == "sliding", {"test_size"}),
         (s.scale_range != (1.0, 1.0), {"cache"}),
         (s.net == "deeplabv2", {"head"}),
-        (s.init not in ("imagenet", "none"), {"source_steps"}),
+        (Path(s.init).is_file() and not deeplab.backbone_only(s.init), {"source_steps"}),
     )
     for here, names in unread:
         idle |= given.keys() & names if here else set()

@@ -49,7 +49,7 @@ from alda.datasets import (
     normalise,
     truth_inside,
 )
-from alda.distributed import all_reduce, rank_and_world
+from alda.distributed import all_reduce, broadcast_buffers, rank_and_world
 from alda.losses import MemoryBank, contrastive_sets, ohem_cross_entropy, weighted_consistency
 from alda.run import Run, transform_of
 from alda.selftraining import percentile, reliable_pseudo_labels, update_teacher
@@ -568,10 +568,11 @@ def taught(s: Settings, run: Run, teacher, batch, drop: float, generator) -> lis
 def follow(teacher, student, step: int, decay: float) -> None:
     """After step `step` of a run with --teacher: the mean teacher's parameters move towards the
     student's, and its batch norm takes over the student's running statistics (it sees no image in
-    train mode, unlike STAL's)."""
+    train mode, unlike STAL's): of the first process, for it labels in eval mode in every one."""
     update_teacher(teacher, student, step, decay)
     for own, new in zip(teacher.buffers(), student.buffers(), strict=True):
         own.copy_(new)
+    broadcast_buffers(teacher)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -521,12 +522,54 @@ def test_a_classification_network_is_no_source_trained_one(tiny_world, tmp_path,
     options = {"strategy": "cbst", "backbone": "resnet18", "init": weights}
     assert loop.main(arguments(tiny_world, out, **options)) == 0
     assert (out / "source/result.json").is_file()
+    assert "--source-steps" not in capsys.readouterr().err  # as "no effect"
+    whole = tmp_path / "whole.pt"
+    torch.save({"model": {"classifier.0.weight": torch.zeros(1)}}, whole)
+    given = {"strategy": "cbst", "source_steps": 2, "init": str(whole)}
+    idle = settings.without_effect(given, settings.settings_for(given))
+    assert idle == ["--source-steps"]
     for start in (weights, "none"):
         options = {"strategy": "ripu", "source_free": start, "init": start, "query_steps": "0,3"}
         options |= {"backbone": "resnet18", "batch_norm": "live"}
         assert loop.main(arguments(tiny_world, tmp_path / "free", **options)) == 2
         assert f"--source-free {start}: fills the backbone only" in capsys.readouterr().err
     assert not (tmp_path / "free").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "images"),
+    [
+        ("stal --batch 1", 1),
+        ("stal --batch 2", 2),
+        ("ripu --batch 1", 2),  # source and target in one pass
+        ("ripu --batch 1 --target-size 32x32", 1),
+        ("ripu --batch 1 --target-size 32x32 --crop 32x16", 2),
+        ("ripu --batch 4 --accumulate 4 --source-free x.pt", 1),
+        ("full --batch 4 --accumulate 4", 2),
+        ("source-only --batch 4 --accumulate 4", 1),
+        ("cbst --batch 4 --accumulate 4", 1),
+        ("cbst --batch 4 --accumulate 2", 2),
+        ("stal --batch 1 --net deeplabv2", 2),
+        ("stal --batch 1 --batch-norm frozen", 2),
+    ],
+)
+def test_a_single_image_under_live_batch_norm_is_refused(words, images):
+    """Before anything is asked: afterwards the batch can no longer be changed."""
+    strategy, *words = words.split()
+    given = dict(zip((w[2:].replace("-", "_") for w in words[::2]), words[1::2], strict=True))
+    given |= {k: int(v) for k, v in given.items() if k in ("batch", "accumulate")}
+    sizes = {"source_size": "64x32", "target_size": "64x32", "net": "deeplabv3plus"}
+    s = settings.settings_for({"strategy": strategy, "root": "toy", **sizes, **given})
+    network = {"net": s.net, "batch_norm": "live" if s.batch_norm == "auto" else s.batch_norm}
+    with pytest.raises(InputError, match="one image a pass") if images == 1 else nullcontext():
+        alda_run.check_images_a_pass(s, network)
+
+
+def test_nobody_is_asked_by_a_run_that_cannot_train(tiny_world, tmp_path, capsys):
+    options = {"strategy": "stal", "net": "deeplabv3plus", "batch": 1, "crop": "64x32"}
+    assert loop.main(arguments(tiny_world, tmp_path / "out", **options)) == 2
+    assert "needs 2: give --batch 2" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_with_all_of_them(tiny_world, tmp_path, capsys):
@@ -643,6 +686,7 @@ def test_regions_due_follow_the_paper_and_never_pass_the_budget():
             "give --crop, or equal",
         ),
         ({"strategy": "cbst", "portion": 1.5}, "--portion is a share"),
+        ({"strategy": "stal", "ohem_threshold": math.nan}, "--ohem-threshold"),
         ({"strategy": "cbst", "scale": "0"}, "--scale is LOW,HIGH"),
         ({"strategy": "full", "pseudo": "cbst"}, "--pseudo goes with"),
         (
@@ -726,7 +770,7 @@ def test_score_takes_the_settings_of_the_run(tiny_world, tmp_path, capsys):
         ("ripu --drop 0.1 --portion 0.3 --head stal --budget 0.1", "--drop, --head, --portion"),
         (
             "cbst --init x.pt --budget 0.1 --cbda both --source-steps 4 --rounds 2",
-            "--budget, --cbda, --source-steps",
+            "--budget, --cbda",
         ),
         ("stal --head stal --budget 0.1 --drop 0.1 --eval-every 5", "--eval-every"),
         ("ripu --pseudo cbst --portion 0.3", ""),

@@ -325,6 +325,13 @@ def test_without_a_script_alda_loop_resumes(started, monkeypatch):
     assert run.resume_line(Path("a b")) == "python -m alda.loop --resume --out 'a b'"
 
 
+def test_a_run_of_several_processes_is_resumed_with_as_many(tmp_path):
+    record = {"command": ["python", loop.__file__], "processes": 4}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    expected = f"torchrun --nproc_per_node 4 -m alda.loop --resume --out {tmp_path}"
+    assert run.resume_line(tmp_path) == expected
+
+
 def test_readme_help_and_the_list_of_commands_agree(monkeypatch, capsys):
     """Every command of the README is understood without a note, every option and strategy is there."""
     text = (ROOT / "README.md").read_text()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,6 +179,26 @@ def test_images_of_one_size_pass_together(tiny_world, monkeypatch):
             asked = evaluation.protocol_named(protocol, (32, 64), window)
             scores.append(evaluation.evaluate(model, data, asked, "cpu")["mIoU19"])
     assert scores[:2] == pytest.approx(scores[2:], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_teacher_is_the_same_after_a_resume(tiny_world, tmp_path):
+    """Two processes, each with running statistics of its own, stopped between the second round and the
+    next checkpoint: the round stands, and the run ends with the bits of one that was not stopped."""
+    options = {"strategy": "ripu", "teacher": True, "query_steps": "2,4", "batch": 4, "ema": 0.5}
+    options |= {"checkpoint_every": 100, "budget": 0.2, "lr": 1e-3}
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert torchrun(arguments(tiny_world, whole, **options)).returncode == 0
+    words = [x.replace(str(whole), str(part)) for x in arguments(tiny_world, whole, **options)]
+    shutil.copytree(whole, part)
+    (part / "checkpoints/last.pt").unlink()  # previous.pt is the one before the second round
+    (part / "result.json").unlink()
+    done = torchrun([*words, "--resume"])
+    assert done.returncode == 0 and "resumed from step 4" in done.stdout, done.stderr[-2000:]
+    states = [torch.load(o / "checkpoints/last.pt", weights_only=True) for o in (whole, part)]
+    for name in ("model", "teacher"):
+        for key, value in states[0][name].items():
+            assert torch.equal(value, states[1][name][key]), (name, key)
 
 
 def test_a_restart_finds_nothing_of_the_start_before(tmp_path):
