@@ -1095,9 +1095,7 @@ def check_split(name: str, root: Path, split: str) -> tuple[list[str], list[str]
     groups = len({sample.group for sample in data.samples})
     found = [f"{len(data)} images in {groups} groups, {len(labelled)} labels; {sizes}"]
     classes, broken = count_classes(data, labelled)
-    free = (
-        name in _TARGETS and split == "train"
-    )  # there are strategies that need none of its labels
+    free = name in _TARGETS and split == "train"  # some strategies need none of its labels
     if classes:
         found.append(f"images that hold each class: {classes}")
     elif labelled and not broken:

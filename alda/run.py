@@ -574,9 +574,11 @@ def check_images_a_pass(s, network: dict) -> None:
     if network["net"] != "deeplabv3plus" or network["batch_norm"] != "live":
         return
     processes, parts = rank_and_world()[1], 1 if s.strategy == "stal" else s.accumulate
-    both = s.strategy in ("full", *QUERIES) and not s.source_free  # source and target in one pass,
-    both = both and (bool(s.crop) or s.source_hw == s.target_hw)  # where they have one size
-    if s.batch // (processes * parts) * (1 + both) < 2:
+    images = s.batch // (processes * parts)
+    both = s.strategy in ("full", *QUERIES) and not s.source_free
+    if both and (s.crop or s.source_hw == s.target_hw):  # source and target pass together
+        images *= 2
+    if images < 2:
         raise InputError(
             f"--batch {s.batch} in {processes} processes and --accumulate {parts} parts is one image a "
             f"pass, DeepLabV3+ with live batch norm needs 2: give --batch {2 * processes * parts}"

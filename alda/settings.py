@@ -662,6 +662,9 @@ def without_effect(given: dict, s: Settings) -> list[str]:
     idle = {name for name in given if s.strategy not in readers[name]}
     asks, stal = s.strategy in QUERIES, s.strategy == "stal"
     none = not (s.unlabelled or s.contrast)
+    # read where it matters alone: a checkpoint may be large
+    trained = "source_steps" in given and Path(s.init).is_file()
+    trained = trained and not deeplab.backbone_only(s.init)
     adaptive = s.copy_paste or (s.cutmix and not none) or (s.class_keep and s.unlabelled)
     self_taught = {"portion", "portion_step", "portion_max", "pseudo_steps", "pseudo_weight"}
     unread = (  # where, what
@@ -682,7 +685,7 @@ def without_effect(given: dict, s: Settings) -> list[str]:
         (s.protocol == "sliding", {"test_size"}),
         (s.scale_range != (1.0, 1.0), {"cache"}),
         (s.net == "deeplabv2", {"head"}),
-        (Path(s.init).is_file() and not deeplab.backbone_only(s.init), {"source_steps"}),
+        (trained, {"source_steps"}),
     )
     for here, names in unread:
         idle |= given.keys() & names if here else set()
