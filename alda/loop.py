@@ -145,11 +145,7 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
     `full` has all its labels from the first step, `--source-free` starts from a source-trained
     network and sees no source image.
     """
-    if s.source_free and deeplab.backbone_only(s.init):
-        raise InputError(
-            f"--source-free {s.source_free}: fills the backbone only, expected the checkpoint of a "
-            "source-trained network (of --strategy source-only, or an official one)"
-        )
+    check_source_trained(s)
     source = None if s.source_free else open_dataset(s.src, s.root)
     reads = s.reads_truth  # its labels may be missing where nothing is learnt from them
     target = None if s.strategy == "source-only" else open_dataset(s.tgt, s.root, "train", reads)
@@ -227,6 +223,15 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
     }
     draw_story(s, run, teacher or run.model, target, rounds, schedule, result)
     return result
+
+
+def check_source_trained(s: Settings) -> None:
+    """Raises InputError where --source-free names what fills the backbone only."""
+    if s.source_free and deeplab.backbone_only(s.init):
+        raise InputError(
+            f"--source-free {s.source_free}: fills the backbone only, expected the checkpoint of a "
+            "source-trained network (of --strategy source-only, or an official one)"
+        )
 
 
 def warn_of_two_sizes(s: Settings, run: Run) -> None:
