@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from alda import InputError, acquisition, annotation, evaluation, loop, settings
 from alda import run as alda_run
 from alda.annotation import Rounds
 from alda.datasets import open_dataset
-from alda.rounds import budget_pixels, pseudo_schedule, query_schedule, regions_due
+from alda.rounds import budget_pixels, pseudo_schedule, query_schedule, regions_due, report_pseudo
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = {
@@ -563,6 +564,18 @@ def test_a_single_image_under_live_batch_norm_is_refused(words, images):
     network = {"net": s.net, "batch_norm": "live" if s.batch_norm == "auto" else s.batch_norm}
     with pytest.raises(InputError, match="one image a pass") if images == 1 else nullcontext():
         alda_run.check_images_a_pass(s, network)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "option"), [("cbst", "(--rounds)"), ("ripu", "(--pseudo-steps)")]
+)
+def test_worse_pseudo_labels_name_the_option_that_ends_them(strategy, option, capsys):
+    """--rounds are the queries' where labels are bought beside pseudo-labels."""
+    s = settings.settings_for({"strategy": strategy})
+    target = SimpleNamespace(samples=[SimpleNamespace(size=(2, 3))])
+    record = {"portion": 0.2, "labelled": 5, "accuracy": 0.5, "classes": {}}
+    report_pseudo(s, target, 2, record, {"accuracy": 0.9}, 1.0)
+    assert f"end with an earlier round {option}" in capsys.readouterr().out
 
 
 def test_nobody_is_asked_by_a_run_that_cannot_train(tiny_world, tmp_path, capsys):
