@@ -648,7 +648,9 @@ def network_in(content, path):
     `path`: a checkpoint of this package says them, STAL's and CRST's layouts imply them; {} for
     others (RIPU's network is `build`'s default). Raises InputError."""
     layout = layout_of(content, path)
-    return content.get("network", {}) if layout == "alda" else OFFICIAL_NETWORKS.get(layout, {})
+    if layout == "alda":
+        return content.get("network") or {}
+    return OFFICIAL_NETWORKS.get(layout, {})
 
 
 def load_checkpoint(model, path, which="model"):
