@@ -114,11 +114,14 @@ def region_impurity(prediction: torch.Tensor, num_classes: int, k: int = 1) -> t
 
     RIPU Eqs. (1)-(3): N_k(i) is the square around i, n_c the pixels of it that are predicted as c,
     f_c = n_c / n their share and P(i) = -sum_c f_c log f_c. One class is counted at a time: no
-    one-hot of C full planes.
+    one-hot of C full planes. Raises ValueError for ids outside 0..C-1, 255 among them.
     """
     if prediction.is_floating_point() or not 2 <= num_classes <= 255:
         kind = f"{prediction.dtype} and {num_classes} classes"
         raise ValueError(f"prediction must be integer class ids of 2 to 255 classes, got {kind}")
+    if prediction.numel() and not 0 <= prediction.min() <= prediction.max() < num_classes:
+        ids = f"{prediction.min()}..{prediction.max()}"
+        raise ValueError(f"prediction must hold class ids 0..{num_classes - 1}, got {ids}")
     # RIPU Eq. (1): n = |N_k(i)|
     area = region_area(prediction.shape[-2:], k, prediction.device)
     total = torch.zeros(prediction.shape, device=prediction.device)
@@ -380,17 +383,19 @@ def select_regions(
     centres, itself included, so the best count * (2 block_radius + 1)^2 candidates always hold the
     first `count` picks. They are sorted once, and one walk over the sorted list on the host takes
     every candidate that no earlier pick has blocked. A quarter of them is nearly always enough and
-    is tried first. Raises ValueError for other shapes, and for a count or radius below 0.
+    is tried first. Raises ValueError for other shapes, for a count that is not whole, and for a count
+    or radius below 0.
     """
     for name, values in (("score", score), ("blocked", blocked), ("tie_break", tie_break)):
         if values is not None:
             check_tensor(values, name)
     check_radius(block_radius)
-    wrong = score.dim() != 2 or count < 0
-    if wrong or any(x is not None and x.shape[-2:] != score.shape for x in (blocked, tie_break)):
+    wrong = score.dim() != 2 or not hasattr(count, "__index__") or count < 0
+    wrong = wrong or (blocked is not None and blocked.shape != score.shape)
+    if wrong or (tie_break is not None and tie_break.shape[-2:] != score.shape):
         shapes = [None if x is None else tuple(x.shape) for x in (score, blocked, tie_break)]
         raise ValueError(
-            "needs one (H,W) score, blocked and tie_break alike, a count of at least 0; got "
+            "needs one (H,W) score, blocked and tie_break alike, a whole count of at least 0; got "
             f"{shapes[0]}, blocked {shapes[1]}, tie_break {shapes[2]}, {count}"
         )
     height, width = score.shape

@@ -12,7 +12,7 @@ Which arguments give which official network (all on ResNet-101, 19 classes):
     RIPU V3+   DeepLabV3Plus()
     STAL V3+   DeepLabV3Plus(batch_norm="live", stem="deep", multi_grid=(2, 2, 4), aspp="dense", representation=256,
                              auxiliary=True)
-    CRST V2    DeepLabV2(batch_norm="live", caffe=True)
+    CRST V2    DeepLabV2(caffe=True)
 
 Details that decide whether a network is the official one:
 
@@ -42,7 +42,8 @@ Differences from papers and official code:
       norm.
  D22. STAL's 3-convolution stem has no torchvision weights: the default network has torchvision's
       stem; what starts from STAL's own checkpoint has stem='deep'. CRST's network pools with
-      ceil_mode by recollection, not by a recorded output.
+      ceil_mode by recollection, not by a recorded output. Its batch norm is frozen, as its script
+      trains unless --is-training is given.
 """
 
 import hashlib
@@ -198,7 +199,8 @@ class Backbone(nn.Module):
     """A torchvision ResNet without its classifier, output stride 8, torchvision's parameter names.
 
     name        "resnet101", "resnet50" or "resnet18" (its BasicBlocks get strides and dilations by hand, `_dilate`)
-    batch_norm  "frozen": buffers only, no epsilon (RIPU), sensible with loaded weights only; "live": nn.BatchNorm2d
+    batch_norm  "frozen": buffers only, no epsilon (RIPU; CRST's network has 1e-5), sensible with loaded weights only;
+                "live": nn.BatchNorm2d
     stem        "torchvision": one 7x7 convolution; "deep": STAL's three of 3x3, for which torchvision has no weights
     multi_grid  factors on the dilations of layer4's three blocks (resnet18 has two and uses the first two)
     caffe       True for CRST's network (detail 7)
@@ -219,7 +221,7 @@ class Backbone(nn.Module):
             raise InputError(
                 "stem 'deep' and caffe=True exist on resnet50 and resnet101 only, not on resnet18"
             )
-        norm = _norm_layer(batch_norm)
+        norm = _norm_layer(batch_norm, eps=1e-5 if caffe else 0.0)
         net = torchvision.models.get_model(name, weights=None, norm_layer=norm)
         if stem == "deep":
             _deepen_stem(net, norm)
@@ -639,7 +641,7 @@ OFFICIAL_NETWORKS = {
         "multi_grid": (2, 2, 4),
         "aspp": "dense",
     },
-    "crst": {"net": "deeplabv2", "batch_norm": "live", "caffe": True},
+    "crst": {"net": "deeplabv2", "batch_norm": "frozen", "caffe": True},
 }
 
 

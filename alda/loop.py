@@ -27,7 +27,7 @@ Differences from papers and official code:
  D27. Source-free RIPU keeps the paper's region radius 1; the official configuration has 9 (--rules
       code).
  D28. CBST: 6 rounds as its README (CRST's script trains 3); patches are mined in the target only,
-      as CRST's script.
+      and the optimizer begins anew in each round, as in CRST's script.
 """
 
 import copy
@@ -342,6 +342,8 @@ def train_cbst(s: Settings, out: Path, device: torch.device) -> dict:
             if s.strategy == "cbst-sp":
                 prior = source_prior(s, source, device)
             label_target(s, run, target, rounds, number, s.strategy, prior)
+        if local == 0:
+            run.optimizer.state.clear()  # no momentum from the last round (D28)
         if step == start or local == 0:
             iterator = round_batches(s, source, target, rounds, number, chosen[number - 1], local)
 
@@ -372,11 +374,11 @@ def train_cbst(s: Settings, out: Path, device: torch.device) -> dict:
 
 
 def source_counts(s: Settings, images: int) -> list[int]:
-    """How many of the source `images` each round trains on."""
+    """How many of the source `images` each round trains on, rounded down."""
     counts = []
     for n in range(s.rounds):
         share = source_portion(n, s.source_portion, s.source_portion_step, s.source_portion_max)
-        counts.append(max(1, round(share * images)))
+        counts.append(max(1, int(share * images)))
     return counts
 
 

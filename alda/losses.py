@@ -20,8 +20,8 @@ Differences from papers and official code:
       not 0, zeros beyond the border). Without such a pixel the code gives NaN, here 0.
  D12. Negative learning (RIPU Eq. 8) is -log(1 - p); the code adds 1e-6 inside, 1.0e-6 less. It runs
       over all target pixels from the first step, as in the code.
- D13. OHEM: min_kept = 0 or more than the labelled pixels switches the code's mining off, and
-      nothing labelled gives NaN. Here the threshold stays, and that is 0.
+ D13. OHEM: min_kept = 0 switches the code's mining off, and nothing labelled gives NaN. Here the
+      threshold stays, and that is 0.
  D14. Unlabelled loss (STAL Eq. 3): weights sum to 1 over the pixels that count; in the code the
       weights of ignored pixels stay in the sum, so that dropping pixels shrinks the loss.
  D15. Contrastive negatives (STAL Eq. 4): labelled ones must be c and not c in the code (none),
@@ -78,7 +78,8 @@ def local_consistency(
         # RIPU Eq. (7): || p_i - m_i ||_1
         gap = (prob - mean).abs().sum(1)  # (N,C,H,W) -> (N,H,W)
     elif distance == "kl":
-        gap = F.kl_div((mean + 1e-6).log(), prob, reduction="none").sum(1)
+        # the clamp: at p = 0 the logarithm has no gradient
+        gap = (prob * (prob.clamp(min=1e-30).log() - (mean + 1e-6).log())).sum(1)
     else:
         raise ValueError(f"distance must be 'l1' or 'kl', got {distance!r}")
     if not boundary_only:

@@ -209,7 +209,7 @@ def mirrored_probabilities(s: Settings, model, images: torch.Tensor, device) -> 
     Softmax in float32: in bfloat16 a sure pixel saturates at 1, where CBST's strict rule labels
     nothing.
     """
-    size = tuple(max(1, round(length * s.label_scale)) for length in s.target_hw)
+    size = tuple(max(1, int(length * s.label_scale)) for length in s.target_hw)
     prob = network_logits(model, images, size, device).softmax(1)
     if s.label_flip:
         prob = (prob + network_logits(model, images, size, device, mirror=True).softmax(1)) / 2

@@ -65,7 +65,7 @@ def batches(s, dataset: SegmentationDataset, step: int, stream: int, labels_of):
     Under torchrun N is --batch over the processes: a step has the same samples, however many share
     them. `stream` 1 is the source, 2 the target: their sizes, their order (class-balanced for the
     source) and their seeds differ. `labels_of(index)` replaces the dataset's labels, see TrainingView.
-    Raises InputError for a size that cannot be read.
+    Raises InputError where there is no image, and where no source label holds a class.
     """
     presence = None
     if stream == 1 and s.source_sampling == "balanced":

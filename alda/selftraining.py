@@ -350,8 +350,8 @@ def rare_classes(
     `share`, the `number` rarest).
 
     Both lists are ordered from the rarest on, ties by class id; classes never predicted come first
-    and cost nothing (no label holds them). By reading the official code: CBST mines the first list
-    before the second, CRST the first only.
+    and take places, though no label holds them. By reading the official code: CBST mines the first
+    list before the second, CRST the first only.
     """
     counts = torch.as_tensor(counts).double()
     order = counts.argsort(stable=True).tolist()

@@ -27,8 +27,9 @@ Differences from papers and official code:
       mixes one, batch 1 fails. A class that fills an image has the image as its box; the code has
       none there, and takes H^2 for the area. A component is drawn by area, the code's uniformly,
       with another try if it is too small.
- D40. Copy-paste draws its three classes for the batch without replacement; whether the code does was
-      not recorded.
+ D40. Where no image is known to hold the drawn class, CutMix cuts from any target image, the code from
+      any unlabelled one; and the code notes the shares of classes of both images that it mixes, here
+      those of the batch's own are noted.
 """
 
 import copy
@@ -55,7 +56,7 @@ from alda.run import Run, transform_of
 from alda.selftraining import percentile, reliable_pseudo_labels, update_teacher
 from alda.settings import Settings
 
-PASTED = 3  # classes that a batch gets by copy-paste
+PASTED = 3  # draws of a class to copy and paste, for a batch; some are equal
 # the official list for copy-paste: all train ids but road, sidewalk, building, vegetation and sky
 COPY_PASTE_CLASSES = tuple(c for c in range(19) if c not in (0, 1, 2, 8, 10))
 
@@ -150,15 +151,6 @@ def copy_paste(
     pasted = (other_labels[..., None] == classes).any(-1)
     images = torch.where(pasted[:, None], other_images, images)
     return images, torch.where(pasted, other_labels, labels)
-
-
-def draw_several(chances: torch.Tensor, number: int, u: torch.Tensor) -> torch.Tensor:
-    """Draws `number` different places by `chances` (C,) from u (C,) in [0,1): (number,) int64.
-
-    The largest log p_c - log(-log u_c) (Gumbel): as drawing one after the other without replacement.
-    """
-    gumbel = -(-u.double().clamp(min=1e-300).log()).log()
-    return (chances.double().log() + gumbel).topk(number).indices
 
 
 class ImageBank:
@@ -509,19 +501,21 @@ def predicted(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 def paste(s: Settings, batch: list, others: list | None, confidence, generator):
-    """Images and labels of a labelled batch, three classes of another image pasted over half of them.
+    """Images and labels of a labelled batch, up to three classes of another image pasted over half of
+    them.
 
     `batch` and `others` are [images (N,3,H,W), labels (N,H,W), ...]; the classes are drawn for the
-    batch, by their `confidence` (C,), among COPY_PASTE_CLASSES. AEL, as STAL's configurations.
+    batch three times, with replacement, by their `confidence` (C,), among COPY_PASTE_CLASSES. AEL, as
+    STAL's configurations.
     """
     images, labels = batch[:2]
     if others is None:
         return images, labels
     device = images.device
-    u = torch.rand(len(images) + len(COPY_PASTE_CLASSES), generator=generator, device=device)
+    u = torch.rand(len(images) + PASTED, generator=generator, device=device)
     allowed = torch.tensor(COPY_PASTE_CLASSES).to(device, non_blocking=True)
     chances = class_chances(confidence[allowed], power=0.5)
-    classes = allowed[draw_several(chances, PASTED, u[len(images) :])]
+    classes = allowed[draw(chances, u[len(images) :])]
     left_out = (u[: len(images)] >= 0.5)[:, None, None]
     other_labels = others[1].masked_fill(left_out, IGNORE)
     return copy_paste(images, labels, others[0], other_labels, classes)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_loop import arguments
 
 from alda import loop
@@ -68,6 +69,44 @@ def test_the_total_is_the_weighted_sum(name, tiny_world, tmp_path, watched):
         assert total == pytest.approx(by_hand, rel=1e-5), f"step {line['step']}: {losses}"
     # at the end every term is there: none was left out silently
     assert {k for line in lines for k in line["losses"]} - {"kept", "accuracy"} == set(weights)
+
+
+def test_cbst_minimises_the_mean_over_all_labelled_pixels_of_the_batch(
+    tiny_world, tmp_path, watched, monkeypatch
+):
+    """CBST's objective against torch's own cross-entropy, on the batch as it was loaded and what the
+    network said of it; every round begins without momentum."""
+    totals, _ = watched
+    batches, logits, momenta = [], [], []
+    load, upsample, step = loop.next_batch, loop.deeplab.upsample, torch.optim.SGD.step
+
+    def note_batch(*args):
+        batches.append(load(*args))
+        return batches[-1]
+
+    def note_logits(*args):
+        logits.append(upsample(*args))
+        return logits[-1]
+
+    def note_momenta(self, *args, **kwargs):
+        momenta.append(len(self.state))
+        return step(self, *args, **kwargs)
+
+    run(tiny_world, tmp_path, "cbst", steps=1)  # the start
+    start = {"init": tmp_path / "out/checkpoints/last.pt", "batch_norm": "live"}
+    monkeypatch.setattr(loop, "next_batch", note_batch)
+    monkeypatch.setattr(loop.deeplab, "upsample", note_logits)
+    monkeypatch.setattr(torch.optim.SGD, "step", note_momenta)
+    totals.clear()
+    options = {"steps": 4, "rounds": 2, "rules": "code", "log_every": 1, **start}
+    assert loop.main(arguments(tiny_world, tmp_path / "two", strategy="cbst", **options)) == 0
+    seen = [x for x in logits if x.requires_grad]
+    assert len(totals) == len(seen) == len(batches) == 4
+    for total, x, (images, labels, _) in zip(totals, seen, batches, strict=True):
+        assert len(x) == len(images) == 2
+        by_hand = F.cross_entropy(x.detach(), labels.long(), ignore_index=255)
+        assert total == pytest.approx(by_hand.item(), rel=1e-5)
+    assert [bool(n) for n in momenta] == [False, True, False, True]
 
 
 # name: poly's length in steps of a run of 6 (0: the rate is constant within a round), and the weight decay

@@ -184,9 +184,10 @@ def test_stal_logits_representation_and_auxiliary(tmp_path):
     assert np.array_equal(large.argmax(1), arrays["pred_up_argmax"])
 
 
-def test_crst_logits(tmp_path):
+@pytest.mark.parametrize("arguments", [CRST, {"caffe": True}])  # live, and frozen as it is trained
+def test_crst_logits(arguments, tmp_path):
     arrays, images = golden("crst_deeplabv2")
-    model, layout = loaded(DeepLabV2(**CRST), tmp_path, weights("crst_res_deeplab"))
+    model, layout = loaded(DeepLabV2(**arguments), tmp_path, weights("crst_res_deeplab"))
     assert layout == "crst"
     with torch.inference_mode():
         assert_close(model(images), arrays["logits"])
@@ -203,9 +204,10 @@ def test_an_official_file_brings_its_network(tmp_path, capsys):
         with torch.inference_mode():
             assert_close(model(images), arrays["logits"])
     torch.save({"model": {}, "network": network}, path)
+    assert network["batch_norm"] == "frozen"  # its script trains in eval mode, statistics as loaded
     assert network_of(settings_for({"strategy": "cbst", "init": str(path)})) == network
-    frozen = {"strategy": "cbst", "init": str(path), "batch_norm": "frozen"}
-    assert network_of(settings_for(frozen)) == {**network, "batch_norm": "frozen"}
+    live = {"strategy": "cbst", "init": str(path), "batch_norm": "live"}
+    assert network_of(settings_for(live)) == {**network, "batch_norm": "live"}
 
     arrays, images = golden("stal_deeplabv3plus")
     torch.save({"model_state": weights("stal_modelbuilder", "module.")}, path)

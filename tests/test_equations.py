@@ -85,7 +85,7 @@ EQUATIONS = {
     ("CBST", "objective"): (
         "loop.train_cbst",
         "cbst-sp",
-        "test_the_total_is_the_weighted_sum",
+        "test_cbst_minimises_the_mean_over_all_labelled_pixels_of_the_batch",
         "no recording of a step",
     ),
     ("CBST", "thresholds"): (

@@ -46,6 +46,13 @@ def test_local_consistency_equals_the_recorded_official_one(golden, inputs, dist
     )
 
 
+def test_kl_has_a_gradient_where_a_class_has_probability_0():
+    logits = torch.tensor([200.0, 0.0, 0.0]).view(1, 3, 1, 1).repeat(1, 1, 4, 4).requires_grad_()
+    loss = L.local_consistency(logits, torch.zeros(1, 4, 4, dtype=torch.uint8), distance="kl")
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.item() == pytest.approx(0, abs=2e-6) and torch.isfinite(gradient).all()
+
+
 def test_negative_learning_equals_the_recorded_official_one(golden, inputs):
     logits, _ = inputs
     loss = L.negative_learning(logits.softmax(1))

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import mutants
 import numpy as np
 import pytest
 import torch
@@ -72,6 +73,12 @@ def test_scores_take_any_number_of_classes():
         (lambda: acquisition.image_uncertainty(LOGITS.softmax(1).numpy()), "torch.from_numpy"),
         (lambda: acquisition.region_impurity(torch.rand(4, 4), 19), "integer class ids"),
         (lambda: acquisition.region_impurity(LABELS, 1), "2 to 255 classes"),
+        (lambda: acquisition.region_impurity(LABELS + 255, 19), r"class ids 0..18, got 255..255"),
+        (lambda: acquisition.select_regions(LOGITS[0, 0], 2.5, 1), "a whole count"),
+        (
+            lambda: acquisition.select_regions(LOGITS[0, 0], 2, 1, torch.zeros(2, 6, 7)),
+            r"blocked \(2, 6, 7\)",
+        ),
         (lambda: acquisition.select_regions(np.zeros((4, 4)), 1, 1), "torch.from_numpy"),
         (lambda: acquisition.paint(torch.tensor([[0, -1]]), 1, (4, 4)), "outside the 4x4 image"),
         (lambda: acquisition.paint(torch.tensor([[4, 0]]), 1, (4, 4)), "outside the 4x4 image"),
@@ -494,3 +501,9 @@ def test_the_readme_holds_no_gap():
         "@@"
         not in (ROOT / "README.md").read_text() + (ROOT / "tests/benchmarks/RESULTS.md").read_text()
     )
+
+
+def test_every_mutant_still_changes_what_stands_in_its_module():
+    """tests/mutants.py needs hours; whether its changes can be made at all is seen at once."""
+    for mutant in mutants.mutants(mutants.TABLE):
+        mutants.changed(mutant, ROOT)  # SystemExit names the one that is stale
