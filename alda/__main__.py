@@ -1,5 +1,7 @@
 """`python -m alda` lists the commands and the version. Where do I start?"""
 
+import sys
+
 from alda import __version__
 
 COMMANDS = {
@@ -11,13 +13,18 @@ COMMANDS = {
 }
 
 
-def main() -> None:
-    """Prints the commands."""
+def main() -> int:
+    """Prints the commands; the exit status is 2 where something else was asked for."""
     print(f"alda {__version__}: active learning for domain-adaptive semantic segmentation\n")
     for name, text in COMMANDS.items():
         print(f"  python -m alda.{name:11s} {text}")
     print("\nEach has --help. First try: python -m alda.loop --root toy --strategy ripu")
+    asked = [word for word in sys.argv[1:] if word not in ("-h", "--help", "--version")]
+    if asked:
+        name = asked[0] if asked[0] in COMMANDS else next(iter(COMMANDS))
+        print(f"error: python -m alda does nothing; python -m alda.{name} does", file=sys.stderr)
+    return 2 if asked else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -199,19 +199,21 @@ def factors_at(
 
 def pixel_score(logits: torch.Tensor, k: int = 32) -> torch.Tensor:
     """RIPU's score for pixel queries (PA): impurity of the (2k+1)^2 region times the pixel's own
-    entropy, not a mean: (C,H,W) or (N,C,H,W) -> (H,W) or (N,H,W) float32 in [0,1]."""
+    entropy, not a mean: (C,H,W) or (N,C,H,W) -> (H,W) or (N,H,W) float32 in [0,1]. Raises ValueError for
+    what is no map of logits."""
     entropies, prediction = entropy_and_prediction(logits)
     return region_impurity(prediction, logits.shape[-3], k) * entropies
 
 
 def entropy_score(logits: torch.Tensor, k: int = 1) -> torch.Tensor:
-    """The baseline `entropy`: region uncertainty alone, (C,H,W) -> (H,W) float32 in [0,1]."""
+    """The baseline `entropy`: region uncertainty alone, (C,H,W) or (N,C,H,W) -> (H,W) or (N,H,W)
+    float32 in [0,1]. Raises ValueError for what is no map of logits."""
     return region_uncertainty(entropy_and_prediction(logits)[0], k)
 
 
 def margin_score(logits: torch.Tensor, k: int = 1) -> torch.Tensor:
     """The baseline `margin`: region mean of 1 - (p_1st - p_2nd), (C,H,W) or (N,C,H,W) -> (H,W) or
-    (N,H,W) in [0,1]."""
+    (N,H,W) in [0,1]. Raises ValueError for what is no map of logits."""
     check_logits(logits)
     best = torch.cat(
         [strip.float().softmax(-3).topk(2, dim=-3).values for strip in logits.split(ROWS, dim=-2)],
@@ -334,7 +336,7 @@ def region_mean(values: torch.Tensor, k: int) -> torch.Tensor:
 
 def paint(centres: torch.Tensor, radius: int, shape: tuple[int, int]) -> torch.Tensor:
     """The pixels within `radius` (square, cut at the border) of any centre: (n,2) int64 -> (H,W)
-    bool, centres' device."""
+    bool, centres' device. Raises ValueError for centres of another kind, or outside."""
     height, width = shape
     check_tensor(centres, "centres")
     if centres.dim() != 2 or centres.shape[1] != 2 or centres.is_floating_point():
@@ -496,7 +498,7 @@ def class_balanced(
     score: torch.Tensor, prediction: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """A pixel predicted as c is ranked by w_c * score: score and prediction (...,H,W), weights (C,)
-    -> (...,H,W) float32."""
+    -> (...,H,W) float32. Raises ValueError for different shapes."""
     if score.shape != prediction.shape:
         shapes = f"{tuple(score.shape)} and {tuple(prediction.shape)}"
         raise ValueError(f"score and prediction must have one shape, got {shapes}")
@@ -509,7 +511,7 @@ class GlobalBudget:
 
         budget = GlobalBudget(count)
         for image_id, score in ...:
-            centres = select_regions(score.masked_fill(score < budget.floor, -inf), count, block_radius)
+            centres = select_regions(score.masked_fill(score < budget.floor, -math.inf), count, block_radius)
             budget.add(image_id, centres, score[centres[:, 0], centres[:, 1]])
         picks = budget.select()                       # {image_id: (n,2) int64 centres in picking order}
 

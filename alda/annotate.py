@@ -57,7 +57,7 @@ class OpenRound:
     program answered the image, the page leaves it alone.
     """
 
-    def __init__(self, out: Path):
+    def __init__(self, out: Path, root: Path | None = None):
         found = open_round(out)
         if found is None:
             raise InputError(
@@ -66,7 +66,11 @@ class OpenRound:
             )
         self.out, (self.number, self.folder, self.record) = out, found
         self.images = list(self.record["images"].items())
-        self.lock = threading.Lock()
+        self.lock, self.root = threading.Lock(), root
+        if not (first := self.photograph_path(0)).is_file():
+            raise InputError(
+                f"{first}: the photograph is not there; give --root, the data's folder"
+            )
 
     def questions(self) -> dict:
         """All that the page shows but the photographs."""
@@ -89,10 +93,16 @@ class OpenRound:
 
     def photograph(self, index: int) -> bytes:
         """The photograph of image `index` as the network sees it, a PNG without loss."""
-        pixels = read_image(Path(self.images[index][1]["photograph"])).permute(1, 2, 0)
+        pixels = read_image(self.photograph_path(index)).permute(1, 2, 0)
         packed = io.BytesIO()
         Image.fromarray(pixels.numpy()).save(packed, "png", compress_level=1)
         return packed.getvalue()
+
+    def photograph_path(self, index: int) -> Path:
+        """Where image `index` lies: below `root` where one was given, else where it was asked."""
+        question = self.images[index][1]
+        below = question.get("below_root") if self.root else None
+        return self.root / below if below else Path(question["photograph"])
 
     def path(self, index: int) -> Path:
         return self.folder / "answers" / f"{self.images[index][0]}.json"
@@ -351,11 +361,12 @@ def main(argv: list[str] | None = None) -> int:
         "run", metavar="RUN", type=Path, help="the run's folder (--out of alda.loop)"
     )
     parser.add_argument("--port", type=int, default=0, help="[0: a free one]")
+    parser.add_argument("--root", type=Path, help="the data's folder [where the run found it]")
     args = parser.parse_args(argv)
     try:
         if not (args.run / "config.json").is_file():
             raise InputError(f"{args.run}: is no run's folder (no config.json)")
-        with locked(args.run), Server(OpenRound(args.run), args.port) as server:
+        with locked(args.run), Server(OpenRound(args.run, args.root), args.port) as server:
             print(f"round {server.round.number}: open {server.address}", flush=True)
             print("every answer is saved at once; Ctrl-C ends the server", flush=True)
             server.serve_forever()

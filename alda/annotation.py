@@ -34,6 +34,7 @@ from alda.datasets import (
     SegmentationDataset,
     checked_picture,
     file_name,
+    misfits,
     read_json,
     resize_labels,
     write_atomic,
@@ -92,7 +93,7 @@ class Rounds:
         kinds = {"classes": dict, "labelled": int}
         if "kind" not in record:  # of queries
             kinds |= {**dict.fromkeys(LEDGER, int), "images": dict}
-        wrong = [name for name, kind in kinds.items() if not isinstance(record.get(name), kind)]
+        wrong = misfits(record, kinds)
         if wrong or not record["classes"].keys() >= set(self.names):
             raise InputError(
                 f"{path}: {', '.join(wrong or ['classes'])} missing or of another kind; restore it "

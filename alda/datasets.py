@@ -17,7 +17,7 @@ Differences from papers and official code:
  D17. Labels at the training size: the code's nearest-neighbour resizing is the default, because the
       published numbers were made with it; it keeps about 39 % of the bought pixels at 1280x640.
       --keep-labels fills each cell that holds one.
- D18. Source sampling: class-balanced as in RIPU's code, of which the paper is silent (--source-
+ D18. Source sampling: class-balanced as in RIPU's code, on which the paper is silent (--source-
       sampling uniform). Presence of classes is read from the labels, no published list is needed;
       each sub-epoch shuffles the lists anew.
  D19. Padding of a crop is 255 in the labels; STAL's code pads them with 0, road.
@@ -28,12 +28,14 @@ Differences from papers and official code:
 import argparse
 import atexit
 import collections
+import errno
 import hashlib
 import io
 import json
 import math
 import multiprocessing.util
 import os
+import shutil
 import signal
 import struct
 import sys
@@ -176,6 +178,19 @@ def read_json(path: Path, *keys: str) -> dict:
     return content
 
 
+def misfits(content, table, where: str = "") -> list[str]:
+    """The names of what `content` lacks or has of another kind than `table` says: a type, or a table
+    of the parts of an object."""
+    if not isinstance(table, dict):
+        return [] if isinstance(content, table) else [where]
+    if not isinstance(content, dict):
+        return [where]
+    found = []
+    for key, kind in table.items():
+        found += misfits(content.get(key), kind, f"{where}.{key}".lstrip("."))
+    return found
+
+
 def write_atomic(path: Path, content) -> None:
     """Writes a file under a temporary name, flushed to the disk, and renames it: it is whole or not
     there.
@@ -244,7 +259,8 @@ def read_image(path: Path) -> torch.Tensor:
             return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
     except PICTURE_ERRORS as error:
         raise InputError(
-            f"{path}: cannot be read as an image ({_first_line(error)}); copy it again or remove it"
+            f"{path}: cannot be read as an image ({_first_line(error)}); copy it again, or remove it before "
+            "a run begins"
         ) from None
 
 
@@ -337,6 +353,11 @@ class SegmentationDataset(Dataset):
         return read_label(sample.label, self.space)
 
     @property
+    def pixels(self) -> int:
+        """The pixels of all images."""
+        return sum(height * width for height, width in (sample.size for sample in self.samples))
+
+    @property
     def labelled(self) -> bool:
         """Whether any image has a label."""
         return any(sample.label is not None for sample in self.samples)
@@ -373,15 +394,18 @@ class SegmentationDataset(Dataset):
             )
 
     def fingerprint(self) -> dict:
-        """{"images": how many, "sha256": of ids, sizes and the lengths of all files}: what a run's
-        config.json remembers of its data."""
-        total = hashlib.sha256()
+        """{"images": how many, "sha256": of ids, sizes and the lengths of all files, "photographs may
+        differ": the same without the photographs' lengths}: what a run's config.json remembers of its
+        data."""
+        strict, loose = hashlib.sha256(), hashlib.sha256()
         for sample in self.samples:
             label = sample.label if self.reads_labels else None
-            files = [path for path in (sample.image, label) if path is not None]
-            line = [sample.id, sample.group, *sample.size, *(p.stat().st_size for p in files)]
-            total.update(json.dumps(line).encode())
-        return {"images": len(self), "sha256": total.hexdigest()}
+            line = [sample.id, sample.group, *sample.size]
+            lengths = [path.stat().st_size for path in (sample.image, label) if path is not None]
+            strict.update(json.dumps([*line, *lengths]).encode())
+            loose.update(json.dumps([*line, *lengths[1:]]).encode())
+        sums = {"sha256": strict.hexdigest(), "photographs may differ": loose.hexdigest()}
+        return {"images": len(self), **sums}
 
 
 def file_name(image_id: str) -> str:
@@ -423,6 +447,12 @@ LAYOUTS = {
 ACDC_CONDITIONS = ("fog", "night", "rain", "snow")
 
 
+_TARGETS = ("cityscapes", "acdc")
+_NO_LABELS = (
+    "--oracle files, or cbst, cbst-sp, st, source-only"  # what needs no label of the target
+)
+
+
 def open_dataset(
     name: str, root: str | Path, split: str = "train", reads_labels: bool = True
 ) -> SegmentationDataset:
@@ -450,8 +480,8 @@ def open_dataset(
     missing = [row for row in found if row[2] is not None and not row[2].is_file()]
     if missing and reads_labels:
         _, image, label, _ = missing[0]
-        own = name in ("cityscapes", "acdc") and split == "train"
-        hint = "; without labels: --oracle files, or cbst, st, source-only" if own else ""
+        own = name in _TARGETS and split == "train"
+        hint = f"; without labels: {_NO_LABELS}" if own else ""
         raise InputError(
             f"{image}: has no label file, looked for {label} ({len(missing)} such images); unpack "
             f"the labels too or remove the image{hint}"
@@ -845,9 +875,14 @@ class ImageCache:
             folder.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as file:
                 file.truncate(self.bytes)
+                # a file with holes: what is missing on the disk would end the process, without a word
+                missing = self.bytes - 512 * getattr(os.fstat(file.fileno()), "st_blocks", 0)
+                if missing > shutil.disk_usage(folder).free:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise InputError(
-                f"{self.path}: cannot be made ({error.strerror}); give another --cache, or none"
+                f"{self.path}: {self.bytes / 1e9:.3g} GB cannot be made ({error.strerror}); give another "
+                "--cache, a smaller --cache-gb, or none"
             ) from None
         self.there = self.images = None
 
@@ -1041,7 +1076,7 @@ def check(root: str | Path) -> tuple[list[str], int]:
     """(lines, problems): what is found below `root` in each dataset's layout (images, labels, sizes,
     classes), what is missing and how its files must be named, and how many problems that is.
 
-    Reads every label once. Raises InputError where there is no such folder.
+    Reads every image and label once. Raises InputError where there is no such folder.
     """
     root = Path(root)
     if not root.is_dir():
@@ -1094,7 +1129,7 @@ def check_split(name: str, root: Path, split: str) -> tuple[list[str], list[str]
     sizes = ", ".join(f"{size} ({n})" for size, n in sizes.most_common(4))
     groups = len({sample.group for sample in data.samples})
     found = [f"{len(data)} images in {groups} groups, {len(labelled)} labels; {sizes}"]
-    classes, broken = count_classes(data, labelled)
+    classes, broken = count_classes(data)
     free = name in _TARGETS and split == "train"  # some strategies need none of its labels
     if classes:
         found.append(f"images that hold each class: {classes}")
@@ -1102,23 +1137,32 @@ def check_split(name: str, root: Path, split: str) -> tuple[list[str], list[str]
         (found if free else wrong).append("no pixel of any label has a class")
     if there < len(data) and split != "test":
         lack = f"{len(data) - there} images have no label {labels}"
-        (found if free else wrong).append(lack + _WITHOUT_LABELS * free)
+        (found if free else wrong).append(lack + f": run {_NO_LABELS}" * free)
     return found, wrong + broken, len(data)
 
 
-_TARGETS = ("cityscapes", "acdc")
-_WITHOUT_LABELS = ": run --oracle files, or cbst, st, source-only"
+def count_classes(data: SegmentationDataset) -> tuple[str, list[str]]:
+    """("road 3, car 1", errors): in how many images each class occurs; the photographs and labels that
+    cannot be read: each is read once."""
 
-
-def count_classes(data: SegmentationDataset, indices: list[int]) -> tuple[str, list[str]]:
-    """("road 3, car 1", errors): in how many of these images each class occurs; labels that cannot
-    be read."""
-    counts, broken = collections.Counter(), []
-    for index in indices:
+    def read(index: int) -> tuple[list[int], list[str]]:
+        classes, broken = [], []
         try:
-            counts.update(data.classes(index).nonzero().flatten().tolist())
+            data.image(index)
+        except InputError as error:
+            broken = [str(error)]
+        try:
+            if data.samples[index].label is not None:
+                classes = data.classes(index).nonzero().flatten().tolist()
         except InputError as error:
             broken.append(str(error))
+        return classes, broken
+
+    counts, broken = collections.Counter(), []
+    rows = ahead(read, range(len(data)), os.cpu_count() or 1)
+    for classes, wrong in progress(rows, len(data), f"{data.name} images read"):
+        counts.update(classes)
+        broken += wrong
     return ", ".join(f"{NAMES[c]} {n}" for c, n in sorted(counts.items())), broken
 
 
@@ -1132,10 +1176,10 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("check", help=text, description=text).add_argument("root", metavar="ROOT")
     try:
         lines, problems = check(parser.parse_args(argv).root)
-    except InputError as error:
+        print("\n".join(lines), flush=True)
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("\n".join(lines))
     if problems:
         print(f"error: {problems} problems, listed above", file=sys.stderr)
     return 2 if problems else 0

@@ -98,8 +98,8 @@ def _norm_layer(batch_norm, eps=0.0):
 
 
 class FrozenNorm(FrozenBatchNorm2d):
-    """torchvision's, (N,K,h,w) -> the same shape. That one gives back float32 under autocast; this one
-    the type that it was given, so that what follows is bfloat16, as behind live batch norm."""
+    """torchvision's FrozenBatchNorm2d, which returns float32 under autocast; this one returns the dtype
+    of its input, as live batch norm does: (N,K,h,w) -> the same shape."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x).to(x.dtype)
@@ -670,8 +670,8 @@ def load_checkpoint(model, path, which="model"):
     mis-shaped names, and changes nothing, when the file does not fit; only `num_batches_tracked`
     may be missing or too many, so files pass between frozen and live batch norm. A representation
     or auxiliary head of which the file holds nothing stays as it is, one that the network has not is
-    left out, and a line says so. Weights trained with live batch norm (epsilon 1e-5) change their
-    function slightly under frozen (no epsilon).
+    left out, and a line says so. A network trained with live batch norm (epsilon 1e-5) gives slightly
+    other outputs when it is loaded as frozen (no epsilon).
     """
     if which not in ("model", "teacher"):
         raise InputError(f"which is 'model' or 'teacher', not {which!r}")

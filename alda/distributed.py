@@ -176,7 +176,7 @@ def mean_count(chosen: torch.Tensor) -> torch.Tensor:
 
 
 def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """The mean of the processes' `values`, a tensor of its own; `values` in one process."""
+    """The processes' mean of `values`, a new tensor; `values` itself in one process."""
     world = rank_and_world()[1]
     return values if world == 1 else all_reduce(values.clone()) / world
 

@@ -24,6 +24,7 @@ import math
 import re
 import statistics
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from alda import IGNORE, InputError, deeplab
+from alda.acquisition import check_tensor
 from alda.annotation import PEOPLE
 from alda.datasets import (
     CLASS_SETS,
@@ -40,6 +42,7 @@ from alda.datasets import (
     NUM_CLASSES,
     SegmentationDataset,
     load,
+    misfits,
     normalise,
     open_dataset,
     parse_size,
@@ -67,8 +70,13 @@ def confusion_matrix(
     label outside 0..num_classes-1, and where a counted pixel's prediction is outside: it would be lost
     or counted as another class.
     """
-    if prediction.shape != labels.shape or prediction.is_floating_point():
-        found = f"{prediction.dtype} {tuple(prediction.shape)} and {tuple(labels.shape)}"
+    for name, values in (("prediction", prediction), ("labels", labels)):
+        check_tensor(values, name)
+    floats = prediction.is_floating_point() or labels.is_floating_point()
+    if prediction.shape != labels.shape or floats:
+        found = (
+            f"{prediction.dtype} {tuple(prediction.shape)} and {labels.dtype} {tuple(labels.shape)}"
+        )
         raise ValueError(f"prediction and labels must be integer maps of one shape, got {found}")
     valid = labels != IGNORE
     for name, values in (("prediction", prediction), ("labels", labels)):
@@ -210,6 +218,15 @@ def network_logits(model, images: torch.Tensor, size, device, mirror=False) -> t
     return logits.flip(-1) if mirror else logits
 
 
+def probabilities(model, images: torch.Tensor, size, device, mirror: bool) -> torch.Tensor:
+    """Softmax (N,C,H,W) float32 of `network_logits`; with `mirror` the mean of the images' and their
+    mirror images'."""
+    prob = network_logits(model, images, size, device).softmax(1)
+    if mirror:
+        prob = (prob + network_logits(model, images, size, device, mirror=True).softmax(1)) / 2
+    return prob
+
+
 TOGETHER = {"cpu": 1}  # images that pass together where nothing is trained; elsewhere 4
 
 
@@ -229,18 +246,15 @@ def same_sized(pairs, device: torch.device):
 @torch.inference_mode()
 def predict_prob(model, images: torch.Tensor, protocol: Protocol, device) -> torch.Tensor:
     """Class probabilities of images (N,3,H,W) uint8 at their own size: (N,C,H,W) float32 on `device`;
-    of one image (3,H,W): (C,H,W). Model in eval mode. Raises InputError where one is not finite: that
+    of one image (3,H,W): (C,H,W). The model must be in eval mode. Raises InputError where one is not finite: that
     is never a score."""
     if images.dim() == 3:
         return predict_prob(model, images[None], protocol, device)[0]
     size = protocol.size or tuple(images.shape[-2:])
     if protocol.window:
-        x = normalise(images.to(device))
-        prob = _sliding(model, x, protocol).softmax(1)
+        prob = _sliding(model, normalise(images.to(device)), protocol).softmax(1)
     else:
-        prob = network_logits(model, images, size, device).softmax(1)
-    if protocol.flip:
-        prob = (prob + network_logits(model, images, size, device, mirror=True).softmax(1)) / 2
+        prob = probabilities(model, images, size, device, protocol.flip)
     if not prob.isfinite().all():
         raise InputError(
             "the network's output is not finite: its weights are lost, nothing is scored"
@@ -354,19 +368,6 @@ SETTINGS |= dict.fromkeys(("target_size", "net", "backbone", "cbda", "image_quer
 SETTINGS |= {"seed": int, "pixels": int, "restart": bool}
 COMPARED = ("src", "tgt", "net", "backbone", "seed", "budget", "pixels")  # always read
 SETTINGS |= dict.fromkeys(("budget", "unlabelled", "contrast"), NUMBER)
-
-
-def misfits(content, table, where: str = "") -> list[str]:
-    """The names of what `content` lacks or has of another kind than `table` says: a type, or a table
-    of the parts of an object."""
-    if not isinstance(table, dict):
-        return [] if isinstance(content, table) else [where]
-    if not isinstance(content, dict):
-        return [where]
-    found = []
-    for key, kind in table.items():
-        found += misfits(content.get(key), kind, f"{where}.{key}".lstrip("."))
-    return found
 
 
 def checked_result(path: Path) -> dict:
@@ -569,10 +570,15 @@ def curve_points(run: Path, row: dict, over: str) -> list[tuple]:
 
 def scores_over_steps(run: Path, result: dict) -> list[tuple[int, float]]:
     """(step, mIoU19) of a run: before its first round, what metrics.jsonl holds, and at the end."""
-    log = run / "metrics.jsonl"
-    lines = [json.loads(x) for x in log.read_text().splitlines()] if log.is_file() else []
-    lines = ([result["before"]] if "before" in result else []) + lines
-    scores = {x["step"]: x["mIoU19"] for x in lines if x.get("mIoU19") is not None}
+    log, scores = run / "metrics.jsonl", {}
+    if "before" in result:
+        scores[result["before"]["step"]] = result["before"]["mIoU19"]
+    for text in log.read_text(errors="replace").splitlines() if log.is_file() else []:
+        with suppress(
+            ValueError, LookupError, TypeError
+        ):  # a kill may cut a line; others have no score
+            line = json.loads(text)
+            scores |= {line["step"]: line["mIoU19"]} if line["mIoU19"] is not None else {}
     return sorted({**scores, result["steps"]: result["mIoU19"]}.items())
 
 
@@ -588,8 +594,14 @@ def write_output(path: Path, write) -> None:
 
 def compare(args: argparse.Namespace) -> int:
     """The command `compare`: of the finished runs; a line names the others."""
-    done = [run for run in args.runs if not unfinished(run, "it is left out")]
-    rows = comparison(done or args.runs, args.mixed)
+    runs = list({Path(run).resolve(): run for run in reversed(args.runs)}.values())[::-1]
+    if len(runs) < len(args.runs):
+        print(
+            f"note: {len(args.runs) - len(runs)} runs are named twice; each counts once",
+            file=sys.stderr,
+        )
+    done = [run for run in runs if not unfinished(run, "it is left out")]
+    rows = comparison(done or runs, args.mixed)
     print(comparison_text(rows))
     if args.csv:
         fields = list(dict.fromkeys(key for row in rows for key in row))
@@ -686,14 +698,17 @@ def main(argv: list[str] | None = None) -> int:
         sub.add_argument(
             "--net",
             default="deeplabv2",
+            choices=("deeplabv2", "deeplabv3plus"),
             help="network of RIPU's checkpoint (our own, STAL's and CRST's files say theirs)",
         )
         sub.add_argument(
             "--backbone", default="resnet101", help="backbone of an official checkpoint"
         )
         sub.add_argument("--device", default="auto")
-        sub.add_argument(*(("--json",) if name == "score" else ("--to",)), type=Path, required=name == "predict",
-                         help="also write the result here" if name == "score" else "folder for the predictions")  # fmt: skip
+        if name == "score":
+            sub.add_argument("--json", type=Path, help="also write the result here")
+        else:
+            sub.add_argument("--to", type=Path, required=True, help="folder for the predictions")
     sub = commands.add_parser(
         "compare", help="one table over runs", description="One table over finished runs."
     )
@@ -718,9 +733,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_of(path: str | Path) -> Path:
-    """The folder of the run that `path` belongs to: itself, or where checkpoints/last.pt lies."""
-    path = Path(path)
-    return path if path.is_dir() else path.absolute().parent.parent
+    """The folder of the run that `path` belongs to: itself, or the one whose checkpoints/ holds the file;
+    a file elsewhere is of no run: the file itself."""
+    path = Path(path).absolute()
+    inside = path.parent.name == "checkpoints" and not path.is_dir()
+    return path.parent.parent if inside else path
 
 
 def run_settings(path: str | Path) -> dict:
@@ -796,6 +813,8 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on every GPU
+    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise InputError(f"device {name!r}: expected auto, cpu, cuda, cuda:N or mps")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -22,7 +22,7 @@ Differences from papers and official code:
       with every epoch. Loops go on from the teacher; the code starts each from ImageNet
       (--restart).
  D25. STAL's third loop asks 84 images: 5 % of 2,975 is 148.75, the paper says 150.
- D26. Not built of STAL's code, also with --rules code: a consistency loss on the labelled images
+ D26. Left out of STAL's code, with --rules code too: a consistency loss on the labelled images
       (teacher's argmax). Its lists of 2,000 source images are drawn by seed here.
  D27. Source-free RIPU keeps the paper's region radius 1; the official configuration has 9 (--rules
       code).
@@ -182,21 +182,25 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
             label_target(s, run, target, pseudo, guess, s.pseudo, prior, bought)
         if target is not None and step in (start, *schedule, *guesses):  # labels have changed
             known = bought
-            if guess:
+            if s.strategy == "full":
+                known = None  # the dataset's own labels
+            elif guess:
                 known = partial(bought_and_pseudo, target, rounds, number, pseudo, guess)
-            known = None if s.strategy == "full" else known
             target_batches = batches(s, target, step, stream=2, labels_of=known)
 
         run.set_rate(poly(step, poly_length(s)))
-        whole, losses = [next_batch(x, device) for x in (source_batches, target_batches)], []
+        source_batch, target_batch = (
+            next_batch(x, device) for x in (source_batches, target_batches)
+        )
         if s.teacher and number:
             drop, draws = drop_share(step, s.steps, s.drop), step_generator(s, step, device)
-            whole[1] = taught(s, run, teacher, whole[1], drop, draws)
+            target_batch = taught(s, run, teacher, target_batch, drop, draws)
+        losses = []
         run.optimizer.zero_grad(set_to_none=True)
-        for source_batch, target_batch in run.micro_batches(*whole):
+        for source_part, target_part in run.micro_batches(source_batch, target_batch):
             with run.autocast():
-                source_logits, target_logits = forward_both(run.forward, source_batch, target_batch)
-            L = losses_of_queries(s, source_batch, source_logits, target_batch, target_logits)
+                source_logits, target_logits = forward_both(run.forward, source_part, target_part)
+            L = losses_of_queries(s, source_part, source_logits, target_part, target_logits)
             # RIPU Eq. (9): L = L_CE(source) + L_CE(target) + alpha_1 L_cr(source) + alpha_2
             # L_nl(target)
             total = (
@@ -324,11 +328,13 @@ def train_cbst(s: Settings, out: Path, device: torch.device) -> dict:
     check_one_size(s)
     chosen = source_counts(s, len(source))
     starts = round_starts(s, [len(target) + n for n in chosen])
+    began = time.time()
     if deeplab.backbone_only(s.init):
         s = train_source(s, out, device)
     s = replace(s, steps=starts[-1], poly_steps=0)
     rounds = Rounds(out / "pseudo")
     run = Run(s, out, device)
+    run.began = began  # with the source training
     start = run.resume()
     check_complete(rounds, starts[:-1], start)
     prior = None
@@ -495,7 +501,7 @@ def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
         L, health = dict.fromkeys(("supervised", "unlabelled", "contrastive"), 0.0), {}
         with run.autocast():  # passes 1 and 2: student and teacher, in train mode, labelled images
             logits, features, auxiliary = run.forward(images, extras=True)
-            taught_logits, taught = train_mode(state.teacher, images)
+            teacher_logits, teacher_features = train_mode(state.teacher, images)
         logits = deeplab.upsample(logits.float(), labels.shape[-2:])
         L["supervised"] = supervised_loss(s, logits, auxiliary, labels)
         state.confidence.update(logits.detach().softmax(1), labels)
@@ -505,8 +511,8 @@ def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
             state.images.update(index, predicted(weak, truth))
             mixed, weak, truth = cut(plain, weak, truth, others, generator)
             with run.autocast():  # passes 4 and 5: teacher and student, in train mode, mixed images
-                _, taught_strong = train_mode(state.teacher, mixed)
-                logits, strong, _ = run.forward(mixed, extras=True)
+                _, teacher_mixed = train_mode(state.teacher, mixed)
+                logits, student_mixed, _ = run.forward(mixed, extras=True)
             prob, inside = weak.softmax(1), truth != IGNORE
             drop = drop_share(local, length, s.drop)
             pseudo = reliable_pseudo_labels(prob, drop, s.rules, inside)
@@ -515,14 +521,15 @@ def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
                 sure = prob.amax(1)
                 L["unlabelled"] = unlabelled_loss(s, logits, pseudo, sure, state, generator)
             if s.contrast:
-                features, taught = torch.cat([features, strong]), torch.cat([taught, taught_strong])
+                features = torch.cat([features, student_mixed])
+                teacher_features = torch.cat([teacher_features, teacher_mixed])
                 size = features.shape[-2:]
-                sets = contrast_sets(labels, taught_logits, pseudo, weak, inside, size)
+                sets = contrast_sets(labels, teacher_logits, pseudo, weak, inside, size)
                 L["contrastive"] = features.float().sum() * 0  # torchrun wants all gradients
                 if local / length >= s.contrast_start:
-                    bank.add(*contrastive_keys(taught, sets[2], bank.most))
+                    bank.add(*contrastive_keys(teacher_features, sets[2], bank.most))
                     L["contrastive"] = contrastive(
-                        features, taught, sets, bank, generator=generator
+                        features, teacher_features, sets, bank, generator=generator
                     )
         # STAL Eq. (1): L = L_s + lambda_u L_u + lambda_c L_c
         total = L["supervised"] + s.unlabelled * L["unlabelled"] + s.contrast * L["contrastive"]
@@ -554,7 +561,7 @@ def score_loop(
 ) -> dict:
     """The scores of teacher and student at the end of loop `number`, and what was asked so far."""
     asked = ledger(records_of(rounds))
-    share = asked["asked"] / pixels_of(target)
+    share = asked["asked"] / target.pixels
     scores = final_scores(s, run, teacher, validation)
     return {"loop": number, "asked_images": asked["images"], "share": share, **scores}
 
@@ -667,9 +674,9 @@ def final_scores(s: Settings, run: Run, teacher, validation) -> dict:
 
 def report(s: Settings, run: Run, source, target, rounds: Rounds, source_images=None) -> dict:
     """What result.json says beside the scores: the ledger, its share of all target pixels, steps, images
-    trained on, and the score before the first round."""
+    trained on, seconds, and the score before the first round."""
     budget = ledger(records_of(rounds))
-    share = budget["asked"] / pixels_of(target) if target else 0.0
+    share = budget["asked"] / target.pixels if target else 0.0
     if source_images is None:
         source_images = len(source) if source else 0
     return {
@@ -677,6 +684,7 @@ def report(s: Settings, run: Run, source, target, rounds: Rounds, source_images=
         "steps": s.steps,
         "source_images": source_images,
         "target_images": len(target) if target else 0,
+        "wall_s": run.wall_s(),
         **({"before": run.before} if run.before else {}),
     }
 
@@ -717,11 +725,6 @@ def draw_story(
     save_story(image, masks, panels, classes, points, schedule, run.out / "pictures/summary.png")
 
 
-def pixels_of(dataset) -> int:
-    """The pixels of all images of a dataset."""
-    return sum(height * width for height, width in (sample.size for sample in dataset.samples))
-
-
 # ------------------------------------------------------------------------------------- command line
 
 
@@ -747,9 +750,11 @@ def main(argv: list[str] | None = None) -> int:
             leave()
         return 0
     except (InputError, FloatingPointError, OSError) as error:
-        text = [*str(error).strip().splitlines(), type(error).__name__]
-        text = text[-2] if len(text) > 1 else text[0]  # from a loading process: below its traceback
-        print(f"error: {text.removeprefix('alda.InputError: ')}", file=sys.stderr)
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        text = lines[-1].removeprefix(
+            "alda.InputError: "
+        )  # a loading process's traceback stands above
+        print(f"error: {text}", file=sys.stderr)
         return 2
     except Waiting as wait:
         print(f"waiting: {wait}; then {resume_line(out)} goes on", file=sys.stderr)
@@ -768,7 +773,7 @@ def main(argv: list[str] | None = None) -> int:
 def check_shares(s: Settings) -> None:
     """Raises InputError where --batch cannot be shared by all processes in --accumulate parts, or
     leaves --teacher's CutMix nothing to mix."""
-    processes, parts = rank_and_world()[1], 1 if s.strategy == "stal" else s.accumulate
+    processes, parts = rank_and_world()[1], s.parts
     if s.batch % (processes * parts):
         raise InputError(
             f"--batch {s.batch} cannot be shared by {processes} processes in --accumulate "
@@ -801,7 +806,7 @@ def ready_folder(s: Settings, out: Path):
 def run_strategy(s: Settings, out: Path, device: torch.device) -> None:
     """Runs the strategy's loop; the first process writes result.json and prints the scores."""
     rank, world = rank_and_world()
-    began, mark = time.time(), "TOY " if s.root == "toy" else ""
+    mark = "TOY " if s.root == "toy" else ""
     if rank == 0:
         epochs = s.epochs and s.strategy not in SCHEDULED
         length = f"{s.epochs} epochs a round" if epochs else f"{s.steps} steps"
@@ -820,7 +825,6 @@ def run_strategy(s: Settings, out: Path, device: torch.device) -> None:
     with one_line_errors():
         result = {"strategy": s.strategy, "toy": s.root == "toy", **train(s, out, device)}
     if rank == 0:
-        result["wall_s"] = time.time() - began
         write_atomic(out / "result.json", json.dumps(result, indent=1))
         which = "last checkpoint" + (", teacher" if "student" in result else "")
         images = f"{result['images']} validation images"

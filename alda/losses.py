@@ -18,10 +18,11 @@ Differences from papers and official code:
  D11. Local consistency (RIPU Eq. 7): the paper sums over all pixels, here their mean; the code
       averages over pixels next to a label change (--rules code: a 3x3 Laplacian of the ids that is
       not 0, zeros beyond the border). Without such a pixel the code gives NaN, here 0.
- D12. Negative learning (RIPU Eq. 8) is -log(1 - p); the code adds 1e-6 inside, 1.0e-6 less. It runs
+ D12. Negative learning (RIPU Eq. 8) is -log(1 - p); the code adds 1e-6 inside, so that its loss is
+      1.0e-6 lower. It runs
       over all target pixels from the first step, as in the code.
- D13. OHEM: min_kept = 0 switches the code's mining off, and nothing labelled gives NaN. Here the
-      threshold stays, and that is 0.
+ D13. OHEM: min_kept = 0 switches the code's mining off, and nothing labelled gives NaN. Here
+      min_kept = 0 keeps the threshold, and a batch without labels has loss 0.
  D14. Unlabelled loss (STAL Eq. 3): weights sum to 1 over the pixels that count; in the code the
       weights of ignored pixels stay in the sum, so that dropping pixels shrinks the loss.
  D15. Contrastive negatives (STAL Eq. 4): labelled ones must be c and not c in the code (none),
@@ -53,7 +54,8 @@ def check_batch(logits: torch.Tensor, labels: torch.Tensor) -> None:
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean of -log p_label over the labelled pixels; 0 where no pixel has a label."""
+    """Mean of -log p_label over the labelled pixels; 0 where no pixel has a label: logits (N,C,H,W)
+    float, labels (N,H,W) integer -> scalar. Raises ValueError for other shapes."""
     check_batch(logits, labels)
     # RIPU Eq. (6): L_CE = -1 / n sum_i log p_i[y_i] over the n labelled pixels
     total = F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="sum")
@@ -69,7 +71,8 @@ def local_consistency(
     `boundary_only=False` (`--rules paper`, default): the mean over all pixels, as the equation sums
     them; labels are not read. `boundary_only=True` (`--rules code`): the mean over labelled pixels
     where the label changes, the official code's rule. `distance`: "l1" is sum_c |p_c - m_c|, "kl"
-    is sum_c p_c log(p_c / m_c). The image border repeats its pixels.
+    is sum_c p_c log(p_c / (m_c + 1e-6)). The image border repeats its pixels. Raises ValueError for
+    another distance.
     """
     check_batch(logits, labels)
     prob = logits.float().softmax(1)
@@ -105,7 +108,8 @@ def negative_learning(prob: torch.Tensor, threshold: float = 0.05) -> torch.Tens
     """Mean of -log(1 - p) over the entries with p < threshold, RIPU's L_nl: prob (N,C,H,W) ->
     scalar.
 
-    The threshold decides which entries count and carries no gradient.
+    The threshold decides which entries count and carries no gradient. That `prob` sums to 1 is not
+    checked, which would wait for the device: logits give nonsense.
     """
     unlikely = prob.detach() < threshold
     # RIPU Eq. (8): -1 / n sum_{i,c} 1[p_ic < tau] log(1 - p_ic)
@@ -322,18 +326,18 @@ def class_contrast(
 
 @torch.no_grad()
 def contrastive_keys(
-    teacher_features: torch.Tensor, strangers: torch.Tensor, most: int = 1024
+    teacher_features: torch.Tensor, negatives: torch.Tensor, most: int = 1024
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The batch's negatives for `MemoryBank.add`: (keys (C,L,K) float32, number (C,)), L = `most`.
 
-    `teacher_features` (N,K,h,w), `strangers` (C,P) bool, the third of `contrastive_sets`. Of more
+    `teacher_features` (N,K,h,w), `negatives` (C,P) bool, the third of `contrastive_sets`. Of more
     than `most` negatives of a class that many are taken, evenly spread over the pixels.
     """
     pixels = teacher_features.shape[2] * teacher_features.shape[3]
     flat = teacher_features.float().flatten(2)  # (N,K,h,w) -> (N,K,hw)
-    found = strangers.sum(1, keepdim=True)  # (C,1)
+    found = negatives.sum(1, keepdim=True)  # (C,1)
     j = torch.arange(most, device=flat.device)
-    at = places(strangers, torch.where(found > most, j * found // most, j))  # (C,L)
+    at = places(negatives, torch.where(found > most, j * found // most, j))  # (C,L)
     return flat[at // pixels, :, at % pixels], found[:, 0]
 
 
@@ -403,6 +407,6 @@ def contrastive(
         valid = pool.any(1) & (bank.count > 0) & (present.sum() > 1)
         losses = []
         for c in range(number):
-            strangers = bank.draw(c, v[c])  # (A,M,K)
-            losses.append(class_contrast(chosen[c], centres[c], strangers, temperature))
+            negatives = bank.draw(c, v[c])  # (A,M,K)
+            losses.append(class_contrast(chosen[c], centres[c], negatives, temperature))
         return (torch.stack(losses) * valid).sum() / present.sum().clamp(min=1)

@@ -35,7 +35,7 @@ from alda.annotation import (
     ledger,
     write_map,
 )
-from alda.datasets import CLASSES, NAMES, NUM_CLASSES, read_json, read_label, write_atomic
+from alda.datasets import CLASSES, NAMES, NUM_CLASSES, misfits, read_json, read_label, write_atomic
 from alda.distributed import world_size
 from alda.pictures import NOW, class_picture, fit, marked
 from alda.run import started_with
@@ -72,7 +72,7 @@ class Questions:
 
     def __init__(self, s, rounds: Rounds, number: int, target, centres=None):
         self.rounds, self.number, self.path = rounds, number, open_folder(rounds, number)
-        self.target, self.centres = target, centres
+        self.target, self.centres, self.root = target, centres, Path(s.root)
         self.places = {sample.id: index for index, sample in enumerate(target.samples)}
         self.unit = "image" if centres is None else s.unit
         self.radius = s.radius if self.unit == "region" else 0
@@ -98,8 +98,11 @@ class Questions:
         overlay = self.work / "overlays" / f"{image_id}.jpg"
         shown = ~asked if self.unit == "image" else asked
         draw_overlay(self.target.image(index), shown, overlay)
+        path = self.target.samples[index].image
+        below = path.relative_to(self.root) if path.is_relative_to(self.root) else ""
         self.images[image_id] = {
-            "photograph": str(self.target.samples[index].image.resolve()),
+            "photograph": str(path.resolve()),
+            "below_root": str(below),  # where it is, should the data move
             "size": list(asked.shape),
             "asked": int(asked.sum()),
             "picks": picks,
@@ -192,12 +195,11 @@ def open_round(out: Path) -> tuple[int, Path, dict] | None:
     path = folder / "round.json"
     record = read_json(path, "unit", "radius", "notes", "images", "files")
     kinds = {"radius": int, "notes": dict, "images": dict, "files": dict}
-    wrong = [name for name, kind in kinds.items() if not isinstance(record[name], kind)]
+    wrong = misfits(record, kinds)
     wrong += ["unit"] if record["unit"] not in ("pixel", "region", "image") else []
     parts = {"photograph": str, "size": list, "picks": list, "asked": int}
     for image_id, question in [] if wrong else record["images"].items():
-        there = isinstance(question, dict) and f"queries/{image_id}.png" in record["files"]
-        if not there or any(not isinstance(question.get(k), kind) for k, kind in parts.items()):
+        if f"queries/{image_id}.png" not in record["files"] or misfits(question, parts):
             wrong.append(image_id)
     if wrong:
         raise InputError(f"{path}: {', '.join(wrong[:5])} missing or of another kind; restore it")
@@ -228,7 +230,8 @@ def collect(s, out: Path) -> None:
             missing.append(f"{image_id} ({given.missing:,} of {question['asked']:,} px)")
         extra += given.extra
     known = {image_id + ending for image_id in record["images"] for ending in ENDINGS}
-    others = sorted(files.keys() - known)
+    folders = {f"{path.name}/" for path in (folder / "answers").glob("*") if path.is_dir()}
+    others = sorted(files.keys() - known | folders)
     tell(problems, missing, extra, others)
     if not s.accept_partial:
         refuse(number, folder, problems, missing)
@@ -247,8 +250,8 @@ def tell(problems: list[str], missing: list[str], extra: int, others: list[str])
         print(f"ignored: {extra:,} px that have a class and were not asked", flush=True)
     if others:
         print(
-            f"ignored: {len(others):,} files in answers/ of images that were not asked, or of other "
-            f"names: {', '.join(others[:5])}" + (", ..." if len(others) > 5 else ""),
+            f"ignored: {len(others):,} files or folders in answers/ of images that were not asked, or of "
+            f"other names: {', '.join(others[:5])}" + (", ..." if len(others) > 5 else ""),
             flush=True,
         )
 
@@ -375,8 +378,8 @@ def labelme_labels(path: Path, content: dict, size: tuple[int, int], whole: bool
     far it reaches."""
     labels = np.full(size, IGNORE if whole else NO_ANSWER, np.uint8)
     own = page_part(content)
-    if whole and own and own.get("finished") is not True:  # begun on the page
-        labels.fill(NO_ANSWER)
+    if whole and own.get("finished") is not True and (own or not content["shapes"]):
+        labels.fill(NO_ANSWER)  # begun on the page, or saved before anything was drawn
     said = (content.get("imageHeight") or size[0], content.get("imageWidth") or size[1])
     if said != size or not isinstance(content["shapes"], list):
         labels.fill(NO_ANSWER)
@@ -387,7 +390,7 @@ def labelme_labels(path: Path, content: dict, size: tuple[int, int], whole: bool
     for number, shape in enumerate(content["shapes"], 1):
         try:
             mask = shape_mask(shape, size)
-            value, wrong = class_of(shape.get("label")), None
+            value = class_of(shape.get("label"))
         except InputError as error:
             problems.append(f"{path}: shape {number}: {error}")
             labels.fill(NO_ANSWER)

@@ -57,7 +57,7 @@ from alda.distributed import (
     say,
     share,
 )
-from alda.evaluation import network_logits, same_sized
+from alda.evaluation import network_logits, probabilities, same_sized
 from alda.oracle import asking
 from alda.pictures import class_picture, save_round, save_sheet, widened
 from alda.run import Run, check_folder
@@ -83,18 +83,10 @@ def query_schedule(s: Settings) -> list[int]:
     steps.
     """
     if s.query_steps:
-        try:
-            schedule = [int(part) for part in s.query_steps.split(",")]
-        except ValueError:
+        schedule = steps_of(s.query_steps, "--query-steps", s)
+        if len(schedule) != s.rounds:
             raise InputError(
-                f"--query-steps is a list like 10000,12000; got {s.query_steps!r}"
-            ) from None
-        growing = schedule == sorted(set(schedule))
-        inside = schedule[0] >= 0 and schedule[-1] < s.steps
-        if not growing or not inside or len(schedule) != s.rounds:
-            raise InputError(
-                f"--query-steps needs --rounds ({s.rounds}) growing steps below --steps ({s.steps}); "
-                f"got {s.query_steps}"
+                f"--query-steps needs as many steps as --rounds ({s.rounds}); got {s.query_steps}"
             )
         return schedule
     first, last = (0, 8 / 30) if s.source_free else (0.25, 0.45)
@@ -115,16 +107,21 @@ def pseudo_schedule(s: Settings, queries: list[int]) -> list[int]:
     if not s.pseudo_steps:
         first = queries[-1]
         return sorted({first + (s.steps - first) * part // 4 for part in range(4)})
+    return steps_of(s.pseudo_steps, "--pseudo-steps", s)
+
+
+def steps_of(text: str, option: str, s: Settings) -> list[int]:
+    """The steps in "10000,12000". Raises InputError, naming the option, unless they grow and lie
+    below --steps."""
     try:
-        schedule = [int(part) for part in s.pseudo_steps.split(",")]
+        steps = [int(part) for part in text.split(",")]
     except ValueError:
-        schedule = [-1]
-    growing = schedule == sorted(set(schedule))
-    if not growing or schedule[0] < 0 or schedule[-1] >= s.steps:
+        steps = [-1]
+    if steps != sorted(set(steps)) or steps[0] < 0 or steps[-1] >= s.steps:
         raise InputError(
-            f"--pseudo-steps needs growing steps below --steps ({s.steps}); got {s.pseudo_steps!r}"
+            f"{option} needs growing steps below --steps ({s.steps}), like 10000,12000; got {text!r}"
         )
-    return schedule
+    return steps
 
 
 def budget_pixels(s: Settings, sizes: list[tuple[int, int]]) -> int:
@@ -159,8 +156,7 @@ def regions_due(budget: int, s: Settings, asked_before: int) -> int:
 def check_budget(s: Settings, target: SegmentationDataset) -> None:
     """Notices a budget that is too small for one region before anything is trained (InputError)."""
     sizes = [sample.size for sample in target.samples]
-    one_budget = s.strategy == "cbda" and s.cbda != "balance"
-    for group in [sizes] if one_budget else [[size] for size in set(sizes)]:
+    for group in [sizes] if s.one_budget else [[size] for size in set(sizes)]:
         regions_due(budget_pixels(s, group), s, 0)
 
 
@@ -210,10 +206,7 @@ def mirrored_probabilities(s: Settings, model, images: torch.Tensor, device) -> 
     nothing.
     """
     size = tuple(max(1, int(length * s.label_scale)) for length in s.target_hw)
-    prob = network_logits(model, images, size, device).softmax(1)
-    if s.label_flip:
-        prob = (prob + network_logits(model, images, size, device, mirror=True).softmax(1)) / 2
-    return prob
+    return probabilities(model, images, size, device, s.label_flip)
 
 
 # ----------------------------------------------------------------------------------- ask for pixels
@@ -342,12 +335,10 @@ def choose(s: Settings, run: Run, target, rounds: Rounds, number: int, records: 
     (regions) or k (pixels) in this round and, through the pixels asked so far, in all later ones.
     Equal scores are ranked by `tie_breaks`.
     """
-    cbda = s.cbda if s.strategy == "cbda" else ""
-    dynamic, balance = cbda in ("dynamic", "both"), cbda in ("balance", "both")
     whole = budget_pixels(s, [sample.size for sample in target.samples])
     notes: dict = {"budget_px": whole}
     weights = None
-    if balance:
+    if s.strategy == "cbda" and s.cbda in ("balance", "both"):
         counts = torch.tensor([*ledger(records)["classes"].values()])
         weights = acquisition.class_weights(counts, whole)
         notes["class_weights"] = dict(zip(NAMES, weights.tolist(), strict=True))
@@ -363,37 +354,33 @@ def choose(s: Settings, run: Run, target, rounds: Rounds, number: int, records: 
     for (index, image, logits), before in zip(seen, earlier, strict=True):
         sample = target.samples[index]
         entropies, prediction = acquisition.entropy_and_prediction(logits)
-        seed = mix_seed(s.seed, 3, number, index)
-        score = acquisition.SCORES[s.strategy](logits, s.radius, s.unit, seed)
-        if balance:
-            score = acquisition.class_balanced(score, prediction, weights)
-            used_up = (weights == 0).to(run.device)[prediction.long()]
-            score = score.masked_fill(used_up, -math.inf)
+        score = score_of(s, logits, prediction, weights, number, index)
         blocked = acquisition.dilate(before.to(run.device), s.radius) if number > 1 else None
         due = count
-        if not dynamic:
+        if not s.one_budget:
             due = regions_due(budget_pixels(s, [sample.size]), s, int(before.sum()))
             picks_due += due
         free = score.masked_fill(score < pool.floor, -math.inf)  # CBDA: what can still win
         ties = tie_breaks(s, entropies, number, index)
         picked = acquisition.select_regions(free, due, block_radius, blocked, ties)
-        at, maps = picked.unbind(1), (entropies, prediction)
-        why = acquisition.factors_at(picked, *maps, len(logits), s.radius, s.unit)
-        rows = torch.stack([score[at], *why, prediction[at]], 1).cpu()
-        centres[index], factors[index] = picked.cpu(), rows
-        if dynamic:
-            pool.add(index, centres.pop(index), rows[:, 0])
+        at = picked.unbind(1)
+        why = acquisition.factors_at(picked, entropies, prediction, len(logits), s.radius, s.unit)
+        factors[index] = torch.stack([score[at], *why, prediction[at]], 1).cpu()
+        if s.one_budget:
+            pool.add(index, picked.cpu(), factors[index][:, 0])
             for i, (kept, _) in pool.images.items():
                 if len(kept) < len(factors[i]):  # what can no longer win was thrown away
                     factors[i] = factors[i][: len(kept)].clone()
+        else:
+            centres[index] = picked.cpu()
         if s.pictures and index % every == 0:
             panels = {"prediction": prediction.cpu(), "score": score.cpu()}
             shown[index] = {"image": image, **panels}
-    if dynamic:
+    if s.one_budget:
         centres = pool.select()
         factors = {index: factors[index][: len(picked)] for index, picked in centres.items()}
         notes["threshold"] = pool.threshold
-    notes["picks_due"] = count if dynamic else all_reduce_number(picks_due)
+    notes["picks_due"] = count if s.one_budget else all_reduce_number(picks_due)
     nothing = torch.empty(0, 2, dtype=torch.int64)
     chosen = gather_list([(index, centres[index], factors[index]) for index in centres])
     centres = {index: picked for index, picked, _ in chosen}
@@ -402,6 +389,18 @@ def choose(s: Settings, run: Run, target, rounds: Rounds, number: int, records: 
     scores = torch.cat([torch.empty(0), *(rows[:, 0] for rows in factors.values())])
     notes["share_of_score_0"] = (scores == 0).double().mean().item() if len(scores) else 0.0
     return Chosen(centres, factors, dict(gather_list([*shown.items()])), notes)
+
+
+def score_of(s: Settings, logits, prediction, weights, number: int, index: int) -> torch.Tensor:
+    """The score (H,W) float32 of image `index` in round `number`: CBDA's `weights` (C,), where there
+    are some, multiply it by its `prediction` (H,W), and -inf stands where the class has had its share
+    of the budget. `logits` (C,H,W)."""
+    seed = mix_seed(s.seed, 3, number, index)
+    score = acquisition.SCORES[s.strategy](logits, s.radius, s.unit, seed)
+    if weights is None:
+        return score
+    score = acquisition.class_balanced(score, prediction, weights)
+    return score.masked_fill((weights == 0).to(score.device)[prediction.long()], -math.inf)
 
 
 def asked_before(target, rounds: Rounds, number: int, index: int) -> torch.Tensor:
@@ -611,7 +610,7 @@ def report_pseudo(
 ) -> None:
     """Prints how much was pseudo-labelled and how well, and which classes got nothing; a warning where
     the labels are much worse than those of the `earlier` round."""
-    pixels = sum(height * width for height, width in (sample.size for sample in target.samples))
+    pixels = target.pixels
     by_class = []
     for name, c in record["classes"].items():
         by_class.append(f"{name} {percent(c['accuracy'])}/{percent(c['coverage'])}")

@@ -164,6 +164,7 @@ class Run:
         self.lines = 0  # of metrics.jsonl
         # when the present step began; steps since the last progress line, and their seconds
         self.clock, self.timed, self.spent = 0.0, 0, 0.0
+        self.began, self.earlier = time.time(), 0.0  # this session; seconds of those before it
         # scores of the loops that are done (STAL), and before the first round; kept in checkpoints
         self.scores: list[dict] = []
         self.before: dict | None = None
@@ -238,6 +239,7 @@ class Run:
             "losses": means,
             "steps_per_s": rate,
             "memory_GB": memory,
+            "wall_s": self.wall_s(),
             **more(),
         }
         self.write_metrics(line)
@@ -249,6 +251,11 @@ class Run:
             f"step {step}/{s.steps} | {text} | {rate:.2f} step/s, ETA {left}, peak {memory:.2f} GB",
             flush=True,
         )
+
+    def wall_s(self) -> float:
+        """The seconds that the run has taken so far: of this session, and of the earlier ones up to the
+        line of the log that it went on from."""
+        return self.earlier + time.time() - self.began
 
     def finite_losses(self, step: int) -> torch.Tensor:
         """The losses since the last progress line, (n,L) on the host, their mean over the processes;
@@ -438,10 +445,13 @@ class Run:
         if self.rank or not metrics.is_file():
             return
         kept = []
-        for line in metrics.read_text(errors="replace").splitlines():
+        for text in metrics.read_text(errors="replace").splitlines():
             with suppress(ValueError, KeyError, TypeError):  # a kill may cut the last line
-                kept += [line] if json.loads(line)["step"] <= step else []
-        write_atomic(metrics, "".join(line + "\n" for line in kept))
+                line = json.loads(text)
+                if line["step"] <= step:
+                    kept.append(text)
+                    self.earlier = line.get("wall_s", self.earlier)
+        write_atomic(metrics, "".join(text + "\n" for text in kept))
         self.lines = len(kept)
 
 
@@ -573,7 +583,7 @@ def check_images_a_pass(s, network: dict) -> None:
     would see a single image: it normalises the mean over each image by those of the others."""
     if network["net"] != "deeplabv3plus" or network["batch_norm"] != "live":
         return
-    processes, parts = rank_and_world()[1], 1 if s.strategy == "stal" else s.accumulate
+    processes, parts = rank_and_world()[1], s.parts
     images = s.batch // (processes * parts)
     both = s.strategy in ("full", *QUERIES) and not s.source_free
     if both and (s.crop or s.source_hw == s.target_hw):  # source and target pass together
@@ -656,7 +666,7 @@ def locked(out: Path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
     except OSError as error:
         raise InputError(
-            f"{out}: cannot be used as a run's folder ({error.strerror}); give another --out"
+            f"{out}: cannot be written to ({error.strerror}); change its rights, or give another folder"
         ) from None
     try:
         take_lock(descriptor, out)
@@ -738,8 +748,9 @@ def prepare(s) -> Path:
         "numpy": np.__version__,
         "pillow": PIL.__version__,
     }
+    root = s.root if s.root == "toy" else str(Path(s.root).absolute())
     record = {
-        "settings": dataclasses.asdict(s),
+        "settings": {**dataclasses.asdict(s), "root": root},
         "command": [sys.executable, *sys.argv],
         "processes": rank_and_world()[1],
         "versions": {"alda": code_version(), "python": platform.python_version(), **versions},
@@ -763,6 +774,14 @@ def check_same_run(s, out: Path) -> None:
     if processes != rank_and_world()[1]:  # steps, batches and loops depend on it
         raise InputError(f"{out} was started with {processes} processes; resume it with as many")
     changed = [k for k in new if k not in MAY_CHANGE and old.get(k) != new[k]]
+    begun_from, init = old.get("init"), s.init
+    if "init" in changed and not {begun_from, init} & {"imagenet", "none"}:
+        say(f"note: {out} began from {begun_from}, --init {init} is taken for the same file")
+        changed.remove("init")
+    if init not in ("imagenet", "none") and not Path(init).is_file():
+        raise InputError(
+            f"{init}: the file that {out} began from is not there; was it moved? --resume --init FILE"
+        )
     if changed:
         what = ", ".join(f"--{k.replace('_', '-')} {old.get(k)!r} -> {new[k]!r}" for k in changed)
         raise InputError(
@@ -787,12 +806,21 @@ def remember_data(out: Path, **parts: SegmentationDataset | None) -> None:
     known, now = record.get("data", {}), {n: data.fingerprint() for n, data in parts.items()}
     for name, found in now.items():
         before = known.get(name, found) if isinstance(known, dict) else None
-        if before != found:
-            images = before.get("images") if isinstance(before, dict) else None
+        before = before if isinstance(before, dict) else {}
+        if before.get("sha256") == found["sha256"]:
+            continue
+        if before.get("photographs may differ") == found["photographs may differ"]:
+            print(
+                f"warning: {parts[name].name}: photographs of the {name} have changed since {out} was "
+                "started; their names, sizes and labels are the same",
+                flush=True,
+            )
+        else:
+            images = before.get("images")
             raise InputError(
                 f"{out} was started with other data: its {name} had {images} images, now "
-                f"{parts[name].name} has {found['images']}, or files of other names or sizes; give "
-                "the --root it was started with, or another --out"
+                f"{parts[name].name} has {found['images']}, or others: images of other names or sizes, "
+                "other labels; give the --root it was started with, or another --out"
             )
     if known != now:
         write_atomic(config, json.dumps({**record, "data": {**known, **now}}, indent=1))

@@ -411,7 +411,8 @@ def update_teacher(
 
 
 def drop_share(epoch: float, epochs: float, start: float = 0.2) -> float:
-    """The share alpha_t of pixels without a pseudo-label: `start` at epoch 0, none at the end."""
+    """The share alpha_t of pixels without a pseudo-label: `start` at epoch 0, none at the end. In any
+    unit: the loops count in steps."""
     # STAL Eq. (7): alpha_t = alpha_0 (1 - t / T)
     return start * (1 - epoch / epochs)
 
@@ -447,7 +448,8 @@ def reliable_pseudo_labels(
     (1 - drop)-th percentile of H over the batch. `rules="code"`: the official code takes the 100
     drop-th percentile and ignores H_i < gamma_t, the most confident pixels. drop=0 labels every
     pixel. `counts` (H,W) or (N,H,W) bool: pixels outside (a crop's padding) are ignored and not
-    counted. Raises ValueError for a share outside [0,1] or other rules.
+    counted. Raises ValueError for a share outside [0,1] or other rules. That `prob` sums to 1 is not
+    checked, which would wait for the device: logits give nonsense.
     """
     if not 0 <= drop <= 1 or rules not in ("paper", "code"):
         raise ValueError(

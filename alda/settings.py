@@ -82,9 +82,11 @@ class Settings:
         read_by=SCHEDULED,
     )
     cache_gb: float = option(
-        100.0, "run", "most that --cache holds, in GB", low=0, read_by=SCHEDULED
+        100.0, "run", "most that --cache holds, in GB", low=0, high=1e6, read_by=SCHEDULED
     )
-    threads: int = option(0, "run", "CPU threads of torch; 0 leaves torch's choice", low=0)
+    threads: int = option(
+        0, "run", "CPU threads of torch; 0 leaves torch's choice", low=0, high=4096
+    )
     precision: str = option(
         "auto",
         "run",
@@ -494,6 +496,16 @@ class Settings:
             setattr(self, f"{name}_hw", parse_size(text) if text or name == "target" else None)
         self.scale_range = parse_scale(self.scale)
         self._check_together()
+
+    @property
+    def parts(self) -> int:
+        """In how many parts a step's images pass: STAL's step has no parts."""
+        return 1 if self.strategy == "stal" else self.accumulate
+
+    @property
+    def one_budget(self) -> bool:
+        """Whether all target images share one budget: CBDA's dynamic acquisition."""
+        return self.strategy == "cbda" and self.cbda in ("dynamic", "both")
 
     @property
     def reads_truth(self) -> bool:

@@ -10,9 +10,9 @@ copy-paste, CutMix, keep rate): AEL, Hu et al., arXiv 2110.05474; STAL's officia
 its equations do not name them. Contrastive masks: U2PL, Wang et al., arXiv 2203.03884. Each part is
 a function or class of its own: leave the call out to ablate it.
 
-A step begins by drawing classes and images to mix in, on the device. The next step reads them: the
-device has then begun the step that drew them, and all the rest of that step is still queued.
-Threads load the images; the step after that uses them. Nothing else here waits for the device:
+Mixing takes three steps, so that the device never waits: a step draws classes and images on the
+device, the next one reads the draws (the device has begun the step that made them, the rest of it is
+queued) and starts threads that load them, the one after that mixes them in. Nothing else waits:
 shapes do not depend on values, and random numbers u, uniform in [0,1), are arguments: draw them
 with torch.rand(..., generator=...) or give recorded ones.
 
@@ -24,7 +24,7 @@ Differences from papers and official code:
       and pulls absent classes towards 0.
  D38. The keep map of the unlabelled loss is drawn for each image; the code shares one.
  D39. CutMix mixes every image of the batch, from an image that was drawn two steps before; the code
-      mixes one, batch 1 fails. A class that fills an image has the image as its box; the code has
+      mixes one image and fails at batch size 1. A class that fills an image has the image as its box; the code has
       none there, and takes H^2 for the area. A component is drawn by area, the code's uniformly,
       with another try if it is too small.
  D40. Where no image is known to hold the drawn class, CutMix cuts from any target image, the code from
@@ -487,7 +487,8 @@ def contrast_sets(labels, labelled_logits, pseudo, weak, inside, size):
 
 
 def draw_others(s: Settings, state: StalState, step: int, generator) -> Others | None:
-    """The images to cut from in this step; draws those of two steps later. None without CutMix."""
+    """The images to cut from, drawn two steps ago; draws those for the step after next. None without
+    CutMix."""
     if not s.cutmix or not (s.unlabelled or s.contrast):
         return None
     others = state.partners.next(step)
@@ -573,6 +574,7 @@ def follow(teacher, student, step: int, decay: float) -> None:
 def train_mode(teacher, images) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(logits (N,C,h,w), features (N,K,h,w) or None) of the teacher in train mode: its batch norm
     normalises these images alone and keeps its own running statistics."""
+    teacher.train()
     logits, features, _ = teacher(images, extras=True)
     return logits, features
 

@@ -251,14 +251,14 @@ rounds | parts | the balance is relative to what was asked so far, not to the bu
 -acquisition.class_weights(counts, whole)
 +acquisition.class_weights(counts, max(1, sum(r["asked"] for r in records)))
 rounds | parts | a class of weight 0 is still asked
--score.masked_fill(used_up, -math.inf)
-+score
+-return score.masked_fill((weights == 0).to(score.device)[prediction.long()], -math.inf)
++return score
 rounds | parts cbda | `both` does not balance
 -cbda in ("balance", "both")
 +cbda == "balance"
-rounds | parts cbda | `both` has no common budget
--cbda in ("dynamic", "both")
-+cbda == "dynamic"
+settings | parts cbda | `both` has no common budget
+-self.cbda in ("dynamic", "both")
++self.cbda == "dynamic"
 rounds | parts | CBDA's common budget is dealt out equally to the images
 -due = count
 +due = count // len(target)
@@ -308,8 +308,8 @@ rounds | parts | --label-scale is ignored
 -int(length * s.label_scale)
 +length
 rounds | parts | --label-flip is ignored
--if s.label_flip:
-+if False:
+-size, device, s.label_flip)
++size, device, False)
 rounds | parts | the portion never grows
 -target_portion(number - 1,
 +target_portion(0,
@@ -488,7 +488,7 @@ loop | next-step | the last round's labels are not trained on
 -bought = partial(bought_labels, target, rounds, number)
 +bought = partial(bought_labels, target, rounds, max(0, number - 1))
 loop | full assembly | `full` sees no label of the target
--known = None if s.strategy == "full" else known
+-known = None  # the dataset's own labels
 +known = bought
 loop | source-only assembly | source-only passes target images, too
 -target = None if s.strategy == "source-only" else open_dataset
@@ -530,8 +530,8 @@ loop | assembly | --pseudo-weight is no weight
 +L["pseudo"]
 loop | golden-ripu | gradients of RIPU's steps add up
 -        run.optimizer.zero_grad(set_to_none=True)
--        for source_batch
-+        for source_batch
+-        for source_part
++        for source_part
 loop | assembly | CBST's loss weighs three times as much
 -loss = cross_entropy(logits, labels)
 +loss = 3 * cross_entropy(logits, labels)
@@ -652,13 +652,13 @@ loop | loops | the image bank is not updated
 -state.images.update(index, predicted(weak, truth))
 +pass
 loop | loops | the memory bank is not updated
--bank.add(*contrastive_keys(taught, sets[2], bank.most))
+-bank.add(*contrastive_keys(teacher_features, sets[2], bank.most))
 +pass
 loop | loops golden-stal | the memory bank takes reliable pixels
--contrastive_keys(taught, sets[2], bank
-+contrastive_keys(taught, sets[0], bank
+-contrastive_keys(teacher_features, sets[2], bank
++contrastive_keys(teacher_features, sets[0], bank
 loop | loops golden-stal | the memory bank takes the student's features
--contrastive_keys(taught, sets[2], bank
+-contrastive_keys(teacher_features, sets[2], bank
 +contrastive_keys(features.detach(), sets[2], bank
 loop | loops | contrast begins at once
 -if local / length >= s.contrast_start:
@@ -679,14 +679,14 @@ loop | loops mixing assembly | a crop's padding is pseudo-labelled
 -reliable_pseudo_labels(prob, drop, s.rules, inside)
 +reliable_pseudo_labels(prob, drop, s.rules)
 loop | loops assembly mixing golden-stal | the student sees the unlabelled images without CutMix
--logits, strong, _ = run.forward(mixed, extras=True)
-+logits, strong, _ = run.forward(plain, extras=True)
+-logits, student_mixed, _ = run.forward(mixed, extras=True)
++logits, student_mixed, _ = run.forward(plain, extras=True)
 loop | loops assembly mixing golden-stal | the teacher sees the unlabelled images without CutMix
--_, taught_strong = train_mode(state.teacher, mixed)
-+_, taught_strong = train_mode(state.teacher, plain)
+-_, teacher_mixed = train_mode(state.teacher, mixed)
++_, teacher_mixed = train_mode(state.teacher, plain)
 loop | loops assembly mixing golden-stal | the teacher sees the labelled images without pasting
--taught_logits, taught = train_mode(state.teacher, images)
-+taught_logits, taught = train_mode(state.teacher, batch[0])
+-teacher_logits, teacher_features = train_mode(state.teacher, images)
++teacher_logits, teacher_features = train_mode(state.teacher, batch[0])
 loop | loops assembly mixing | pasted classes are drawn without confidences
 -images, labels = paste(s, batch, other, state.confidence.value, generator)
 +images, labels = paste(s, batch, other, state.confidence.value * 0, generator)
@@ -892,8 +892,8 @@ evaluation | evaluation | the mirror image's prediction is not mirrored back
 -return logits.flip(-1) if mirror else logits
 +return logits
 evaluation | evaluation | no test with the mirror image
--if protocol.flip:
-+if False:
+-size, device, protocol.flip)
++size, device, False)
 evaluation | evaluation | windows average probabilities
 -logits = deeplab.upsample(model(x[place]).float(), (window, window))
 +logits = deeplab.upsample(model(x[place]).float().softmax(1), (window, window))

@@ -113,6 +113,21 @@ def test_a_photograph_that_was_moved_is_told(serve, tmp_path):
     assert status == 500 and "gone.png: cannot be read as an image" in json.loads(told)["error"]
 
 
+def test_the_data_may_have_moved(questions, tiny_world, tmp_path, capsys):
+    """As the page is started: told at once, and --root finds the photographs again."""
+    out = tmp_path / "out"
+    shutil.copytree(questions / "pixel", out)
+    path = next(out.glob("rounds/*.open/round.json"))
+    record = json.loads(path.read_text())
+    for question in record["images"].values():
+        question["photograph"] = question["photograph"].replace("leftImg8bit", "gone")
+    path.write_text(json.dumps(record))
+    assert annotate.main([str(out)]) == 2
+    assert "the photograph is not there; give --root" in capsys.readouterr().err
+    found = annotate.OpenRound(out, tiny_world)
+    assert Image.open(io.BytesIO(found.photograph(0))).size == (256, 128)
+
+
 def test_the_page_needs_nothing_from_elsewhere():
     text = annotate.PAGE.read_text()
     assert not re.search(r"https?://|//[a-z]+\.|<link|@import|\bsrc=|eval\(|innerHTML", text)

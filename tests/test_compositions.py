@@ -22,6 +22,7 @@ from torch.optim.optimizer import (
 from alda import acquisition, loop, rounds, stal
 from alda.annotation import Rounds, bought_and_pseudo, ground_truth
 from alda.datasets import NAMES, open_dataset, read_label, resize_labels
+from alda.evaluation import network_logits
 from alda.settings import CODE_RULES, poly_length, settings_for
 from alda.toy import write_png16
 
@@ -39,6 +40,10 @@ class Target:
             SimpleNamespace(id=f"i{n}", group=group, size=size, image=f"i{n}.png")
             for n, group in enumerate(groups)
         ]
+
+    @property
+    def pixels(self):
+        return self.maps.numel()
 
     def __len__(self):
         return len(self.samples)
@@ -370,11 +375,11 @@ class Colours(Target):
     def __init__(self, number, size=(12, 16)):
         generator = torch.Generator().manual_seed(number)
         super().__init__(torch.randint(0, 19, (number, *size), generator=generator).to(torch.uint8))
-        pixels = torch.randint(0, 256, (number, 3, *size), generator=generator)
-        self.pixels = pixels.to(torch.uint8)
+        values = torch.randint(0, 256, (number, 3, *size), generator=generator)
+        self.photographs = values.to(torch.uint8)
 
     def image(self, index):
-        return self.pixels[index]
+        return self.photographs[index]
 
 
 @pytest.mark.parametrize("kind", ["st", "cbst", "cbst-sp"])
@@ -402,7 +407,7 @@ def test_pseudo_labels_of_a_round_equal_a_slow_version(kind, number, rules, tmp_
     assert model.training and not any(training for _, training in model.seen)
     portion, weighted = 0.2 + 0.05 * (number - 1), []
     for index in range(3):
-        x = rounds.network_logits(model, target.image(index)[None], (12, 16), "cpu").detach()[0]
+        x = network_logits(model, target.image(index)[None], (12, 16), "cpu").detach()[0]
         prob = x.softmax(0).numpy().astype(np.float64)
         weighted.append(prob if prior is None else prob * prior.numpy())
     best = np.stack([x.max(0) for x in weighted]), np.stack([x.argmax(0) for x in weighted])
@@ -443,7 +448,7 @@ def test_the_target_is_labelled_at_its_scale_with_its_mirror_image():
             return super().forward(x) + torch.linspace(-3, 3, x.shape[-1])  # left and right differ
 
     def alone(x, size):
-        x = rounds.network_logits(Sided(), x, size, "cpu").detach()
+        x = network_logits(Sided(), x, size, "cpu").detach()
         return x.softmax(1)
 
     s = settings("cbst", target_size="20x10", label_scale=0.5)

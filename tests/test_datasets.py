@@ -277,6 +277,30 @@ def test_check_finds_labels_without_a_class(tmp_path, capsys):
     assert none[1].startswith("cityscapes val: problem: ")
 
 
+def test_check_opens_every_photograph(tmp_path, capsys):
+    for split, name in (("train", "a"), ("val", "b")):
+        photograph(tmp_path, f"{name}_leftImg8bit.png", split, (64, 64))
+        label = tmp_path / f"cityscapes/gtFine/{split}/home/{name}_gtFine_labelIds.png"
+        put(label, np.full((64, 64), 7, np.uint8))
+    assert D.main(["check", str(tmp_path)]) == 0
+    path = tmp_path / "cityscapes/leftImg8bit/val/home/b_leftImg8bit.png"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    put(path, noise)
+    path.write_bytes(path.read_bytes()[:6000])  # the header says 64x64, the rest is cut
+    assert D.main(["check", str(tmp_path)]) == 2
+    said = capsys.readouterr().out
+    assert f"cityscapes val: problem: {path}: cannot be read as an image" in said
+
+
+def test_a_cache_that_the_disk_cannot_hold_is_told_at_once(tiny_world, tmp_path, monkeypatch):
+    data = D.open_dataset("cityscapes", tiny_world)
+    D.ImageCache(tmp_path / "fits", data, (24, 40), 1e9)
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(D.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match=r"GB cannot be made .No space left.*smaller --cache-gb"):
+        D.ImageCache(tmp_path / "full", data, (24, 40), 1e9)
+
+
 def test_a_wrong_name_shows_the_pattern_that_is_looked_for(tmp_path):
     photograph(tmp_path, "IMG_1.JPG")
     pattern = r"1 pictures have other names, IMG_1\.JPG.*train/CITY/NAME_leftImg8bit\.png"

@@ -592,3 +592,31 @@ def test_compare_refuses_to_mix(tmp_path, capsys):
     (tmp_path / "a/config.json").unlink()
     assert E.main(["compare", runs[0]]) == 2 and "no config.json" in capsys.readouterr().err
     assert E.main(["compare", str(tmp_path)]) == 2 and "no result.json" in capsys.readouterr().err
+
+
+def test_a_run_that_is_named_twice_counts_once(tmp_path, capsys):
+    runs = [finished(tmp_path / "a"), finished(tmp_path / "b")]
+    (tmp_path / "latest").symlink_to(tmp_path / "a")
+    table = tmp_path / "t.csv"
+    words = [*runs, str(tmp_path / "latest"), runs[1] + "/"]
+    assert E.main(["compare", *words, "--csv", str(table)]) == 0
+    assert "note: 2 runs are named twice" in capsys.readouterr().err
+    assert table.read_text().count("\n") == 3
+
+
+def test_lines_of_a_log_that_are_cut_or_no_scores_are_passed_over(tmp_path):
+    good = json.dumps({"step": 4, "mIoU19": 0.3})
+    (tmp_path / "metrics.jsonl").write_text(f'[]\n3\n{good}\n{{"step": 5}}\n{{"step": 6, "mI')
+    points = E.scores_over_steps(tmp_path, {"steps": 9, "mIoU19": 0.5})
+    assert points == [(4, 0.3), (9, 0.5)]
+
+
+def test_a_file_elsewhere_belongs_to_no_run(tmp_path):
+    """Two folders above it another project may have a config.json."""
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    for folder in ("weights", "checkpoints"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "last.pt").write_bytes(b"")
+    assert E.run_settings(tmp_path / "weights/last.pt") == {}
+    with pytest.raises(InputError, match="has no 'settings'"):
+        E.run_settings(tmp_path / "checkpoints/last.pt")

@@ -111,7 +111,8 @@ def round_files(out):
 def metric_lines(out):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [
-        {k: v for k, v in line.items() if k not in ("steps_per_s", "memory_GB")} for line in lines
+        {k: v for k, v in line.items() if k not in ("steps_per_s", "memory_GB", "wall_s")}
+        for line in lines
     ]
 
 

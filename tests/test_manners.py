@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import mutants
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_loop import arguments
 
 from alda import (
@@ -98,6 +100,8 @@ def test_scores_take_any_number_of_classes():
         (lambda: evaluation.confusion_matrix(LABELS, LABELS + 77, 5), "labels holds 77"),
         (lambda: evaluation.confusion_matrix(LABELS, LABELS[:1], 5), "one shape"),
         (lambda: evaluation.confusion_matrix(LOGITS[:, 0], LABELS, 5), "integer maps"),
+        (lambda: evaluation.confusion_matrix(LABELS, LABELS + 0.6, 5), "integer maps"),
+        (lambda: evaluation.confusion_matrix(LABELS.numpy(), LABELS, 5), "torch.from_numpy"),
         (lambda: evaluation.summary(torch.zeros(5, 5)), "19 names for a matrix of 5"),
     ],
 )
@@ -507,3 +511,40 @@ def test_every_mutant_still_changes_what_stands_in_its_module():
     """tests/mutants.py needs hours; whether its changes can be made at all is seen at once."""
     for mutant in mutants.mutants(mutants.TABLE):
         mutants.changed(mutant, ROOT)  # SystemExit names the one that is stale
+
+
+def test_a_run_goes_on_where_its_files_have_moved(tiny_world, tmp_path, capsys, monkeypatch):
+    """The start in another place, another working directory, a photograph that was mended; its seconds
+    add up."""
+    world, first, out = tmp_path / "world", tmp_path / "first", tmp_path / "out"
+    shutil.copytree(tiny_world, world)
+    monkeypatch.chdir(tmp_path)
+    assert loop.main(arguments("world", first, strategy="source-only", steps=1)) == 0
+    init, moved = first / "checkpoints/last.pt", tmp_path / "moved.pt"
+    words = arguments("world", out, strategy="source-only", steps=1, init=init)
+    assert loop.main(words) == 0
+    line = json.loads((out / "metrics.jsonl").read_text())
+    assert 0 < line["wall_s"] < json.loads((out / "result.json").read_text())["wall_s"]
+    (out / "metrics.jsonl").write_text(json.dumps({**line, "wall_s": 1000}) + "\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    init.rename(moved)
+    capsys.readouterr()
+    assert loop.main(["--resume", "--out", "../out"]) == 2
+    assert "was it moved? --resume --init FILE" in capsys.readouterr().err
+    photograph = sorted(world.glob("cityscapes/leftImg8bit/val/*/*.png"))[0]
+    Image.fromarray(np.zeros_like(np.array(Image.open(photograph).convert("RGB")))).save(photograph)
+    assert loop.main(["--resume", "--out", "../out", "--init", str(moved)]) == 0
+    said = capsys.readouterr().out
+    assert "is taken for the same file" in said and "resumed from step 1" in said
+    assert "warning: cityscapes: photographs of the validation have changed" in said
+    assert json.loads((out / "result.json").read_text())["wall_s"] > 1000
+    assert loop.main(["--resume", "--out", "../out", "--init", "imagenet"]) == 2
+    assert "other settings (--init" in capsys.readouterr().err
+
+
+def test_the_list_of_commands_is_no_command(monkeypatch, capsys):
+    for words, status in (([], 0), (["--help"], 0), (["loop", "--root", "toy"], 2), (["train"], 2)):
+        monkeypatch.setattr(sys, "argv", ["alda", *words])
+        assert __main__.main() == status
+        assert ("python -m alda.loop does" in capsys.readouterr().err) == bool(status)

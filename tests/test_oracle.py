@@ -442,12 +442,29 @@ def test_a_json_of_another_image_is_a_problem(content, tmp_path):
     assert len(problems) == 1 and (labels == 254).all()
 
 
+def test_a_file_without_shapes_is_no_answer_to_a_whole_image(tmp_path):
+    """Saved before anything was drawn; the page says when nothing is to be drawn."""
+    labels, problems, _ = oracle.labelme_labels(tmp_path, {"shapes": []}, (4, 4), whole=True)
+    assert (labels == 254).all() and not problems
+    own = {"finished": True, "shapes": oracle.shapes_digest([])}
+    labels, _, _ = oracle.labelme_labels(tmp_path, {"shapes": [], "alda": own}, (4, 4), whole=True)
+    assert (labels == 255).all()
+
+
+def test_a_folder_in_answers_is_told(waiting, capsys):
+    words, _, folder, _ = waiting
+    (folder / "answers/mine").mkdir()
+    assert loop.main([*words, "--resume"]) == 3
+    assert "ignored: 1 files or folders in answers/" in (said := capsys.readouterr().out)
+    assert "mine/" in said
+
+
 def test_asking_twice_is_refused(waiting, unlabelled):
     _, out, _, _ = waiting
     target = open_dataset("cityscapes", unlabelled, "train", False)
 
     class Settings:
-        oracle, unit, radius = "files", "pixel", 3
+        oracle, unit, radius, root = "files", "pixel", 3, str(unlabelled)
 
     rounds = Rounds(out / "rounds")
     with (
