@@ -1108,7 +1108,7 @@ def test_source_and_target_of_one_size_pass_together():
     (0.88, 0.63, True), (0.88, 0.80, False), (0.6, 0.9, False), (None, 0.5, False), (0.9, None, False)
 ])  # fmt: skip
 def test_pseudo_labels_that_get_worse_are_warned_of(before, now, warned, capsys):
-    s, target = settings_for({"strategy": "cbst"}), SimpleNamespace(samples=[])
+    s, target = settings_for({"strategy": "cbst"}), SimpleNamespace(pixels=9)
     record = {"portion": 0.2, "labelled": 1, "classes": {}, "accuracy": now}
     rounds.report_pseudo(s, target, 2, record, {"accuracy": before}, 1.0)
     assert ("warning: the accuracy" in capsys.readouterr().out) == warned

@@ -573,7 +573,7 @@ def test_a_single_image_under_live_batch_norm_is_refused(words, images):
 def test_worse_pseudo_labels_name_the_option_that_ends_them(strategy, option, capsys):
     """--rounds are the queries' where labels are bought beside pseudo-labels."""
     s = settings.settings_for({"strategy": strategy})
-    target = SimpleNamespace(samples=[SimpleNamespace(size=(2, 3))])
+    target = SimpleNamespace(pixels=6)
     record = {"portion": 0.2, "labelled": 5, "accuracy": 0.5, "classes": {}}
     report_pseudo(s, target, 2, record, {"accuracy": 0.9}, 1.0)
     assert f"end with an earlier round {option}" in capsys.readouterr().out
