@@ -571,8 +571,9 @@ def label_target(
     if is_first():
         record = pseudo_record(kind, portion, thresholds, histogram.predicted, total)
         complete_folder(work, pseudo.path(number), record)
-        earlier = pseudo.record(number - 1) if number > 1 else {}
-        report_pseudo(s, target, number, record, earlier, time.time() - began)
+        known = [pseudo.record(n).get("accuracy") for n in range(1, number)]
+        best = max((x for x in known if x is not None), default=None)
+        report_pseudo(s, target, number, record, best, time.time() - began)
     barrier()
 
 
@@ -606,10 +607,10 @@ def pseudo_record(kind: str, portion: float, thresholds, predicted, total: dict)
 
 
 def report_pseudo(
-    s: Settings, target, number: int, record: dict, earlier: dict, seconds: float
+    s: Settings, target, number: int, record: dict, best: float | None, seconds: float
 ) -> None:
     """Prints how much was pseudo-labelled and how well, and which classes got nothing; a warning where
-    the labels are much worse than those of the `earlier` round."""
+    the labels are much worse than in the `best` of the earlier rounds."""
     pixels = target.pixels
     by_class = []
     for name, c in record["classes"].items():
@@ -628,11 +629,11 @@ def report_pseudo(
             "than the portion are equally sure (a saturated network: --rules code labels those)",
             flush=True,
         )
-    before, now = earlier.get("accuracy"), record["accuracy"]
-    if None not in (before, now) and now < before - 0.1:
+    now = record["accuracy"]
+    if None not in (best, now) and now < best - 0.1:
         last = "--pseudo-steps" if s.strategy in QUERIES else "--rounds"
         print(
-            f"warning: the accuracy of the pseudo-labels fell from {percent(before)} to {percent(now)} %: "
+            f"warning: the accuracy of the pseudo-labels fell from {percent(best)} to {percent(now)} %: "
             "the network learns its own mistakes; begin with a better one (--init), or end with an "
             f"earlier round ({last})",
             flush=True,

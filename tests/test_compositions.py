@@ -427,6 +427,20 @@ def test_pseudo_labels_of_a_round_equal_a_slow_version(kind, number, rules, tmp_
         assert (expected != NONE).any()
 
 
+def test_a_round_of_pseudo_labels_is_compared_with_the_best_earlier_one(tmp_path, monkeypatch):
+    """Three falls of less than ten points each are a fall, too; a round without truth is none."""
+    pseudo, told = Rounds(tmp_path), []
+    monkeypatch.setattr(rounds, "report_pseudo", lambda *given: told.append(given[4]))
+    for n, accuracy in enumerate((0.73, 0.64, None), 1):
+        classes = {name: {} for name in NAMES}
+        record = {"kind": "cbst", "classes": classes, "labelled": 0, "accuracy": accuracy}
+        folder = rounds.begin_folder(pseudo.path(n), ("labels",))
+        rounds.complete_folder(folder, pseudo.path(n), record)
+    s = settings("cbst", target_size="8x6")
+    rounds.label_target(s, Run(tmp_path, Pointwise()), Colours(1, (6, 8)), pseudo, 4, "cbst")
+    assert told == [0.73]
+
+
 def test_the_pixel_at_the_threshold_follows_the_rules(tmp_path):
     """All pixels alike: the threshold is their confidence, which the code labels and the paper does not."""
     target = Target(torch.ones(2, 6, 8, dtype=torch.uint8))
@@ -1110,7 +1124,7 @@ def test_source_and_target_of_one_size_pass_together():
 def test_pseudo_labels_that_get_worse_are_warned_of(before, now, warned, capsys):
     s, target = settings_for({"strategy": "cbst"}), SimpleNamespace(pixels=9)
     record = {"portion": 0.2, "labelled": 1, "classes": {}, "accuracy": now}
-    rounds.report_pseudo(s, target, 2, record, {"accuracy": before}, 1.0)
+    rounds.report_pseudo(s, target, 2, record, before, 1.0)
     assert ("warning: the accuracy" in capsys.readouterr().out) == warned
 
 

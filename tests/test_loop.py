@@ -575,7 +575,7 @@ def test_worse_pseudo_labels_name_the_option_that_ends_them(strategy, option, ca
     s = settings.settings_for({"strategy": strategy})
     target = SimpleNamespace(pixels=6)
     record = {"portion": 0.2, "labelled": 5, "accuracy": 0.5, "classes": {}}
-    report_pseudo(s, target, 2, record, {"accuracy": 0.9}, 1.0)
+    report_pseudo(s, target, 2, record, 0.9, 1.0)
     assert f"end with an earlier round {option}" in capsys.readouterr().out
 
 
