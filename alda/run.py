@@ -666,7 +666,7 @@ def locked(out: Path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
     except OSError as error:
         raise InputError(
-            f"{out}: cannot be written to ({error.strerror}); change its rights, or give another folder"
+            f"{out}: cannot be written to ({error.strerror}); change its rights, or give another (--out)"
         ) from None
     try:
         take_lock(descriptor, out)
