@@ -448,9 +448,8 @@ ACDC_CONDITIONS = ("fog", "night", "rain", "snow")
 
 
 _TARGETS = ("cityscapes", "acdc")
-_NO_LABELS = (
-    "--oracle files, or cbst, cbst-sp, st, source-only"  # what needs no label of the target
-)
+# what needs no label of the target
+_NO_LABELS = "--oracle files, or cbst, cbst-sp, st, source-only"
 
 
 def open_dataset(

@@ -574,9 +574,8 @@ def scores_over_steps(run: Path, result: dict) -> list[tuple[int, float]]:
     if "before" in result:
         scores[result["before"]["step"]] = result["before"]["mIoU19"]
     for text in log.read_text(errors="replace").splitlines() if log.is_file() else []:
-        with suppress(
-            ValueError, LookupError, TypeError
-        ):  # a kill may cut a line; others have no score
+        # a kill may cut a line, others hold no score
+        with suppress(ValueError, LookupError, TypeError):
             line = json.loads(text)
             scores |= {line["step"]: line["mIoU19"]} if line["mIoU19"] is not None else {}
     return sorted({**scores, result["steps"]: result["mIoU19"]}.items())

@@ -751,9 +751,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (InputError, FloatingPointError, OSError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        text = lines[-1].removeprefix(
-            "alda.InputError: "
-        )  # a loading process's traceback stands above
+        # the last line: above it stands the traceback of a loading process
+        text = lines[-1].removeprefix("alda.InputError: ")
         print(f"error: {text}", file=sys.stderr)
         return 2
     except Waiting as wait:

@@ -23,6 +23,7 @@ from alda import acquisition, loop, rounds, stal
 from alda.annotation import Rounds, bought_and_pseudo, ground_truth
 from alda.datasets import NAMES, open_dataset, read_label, resize_labels
 from alda.evaluation import network_logits
+from alda.run import network_of
 from alda.settings import CODE_RULES, poly_length, settings_for
 from alda.toy import write_png16
 
@@ -1199,3 +1200,15 @@ def test_what_is_cut_from_knows_padding_from_missing_truth(tiny_world):
     index = next(i for i in range(len(target)) if (target.labels(i) == NONE).any())
     truth = partners.view[0, index][1]
     assert (truth == 254).any() and not (truth == NONE).any()
+
+
+def test_batch_norm_is_frozen_where_a_resnet_starts_from_weights():
+    """As RIPU trains; live from random weights, and on MobileNetV2, which no paper has."""
+    for given, expected in (
+        ({}, "frozen"),
+        ({"init": "none"}, "live"),
+        ({"backbone": "mobilenet_v2"}, "live"),
+        ({"backbone": "mobilenet_v2", "batch_norm": "frozen"}, "frozen"),
+    ):
+        s = settings_for({"strategy": "ripu", **given})
+        assert network_of(s)["batch_norm"] == expected, given
