@@ -189,9 +189,8 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
             target_batches = batches(s, target, step, stream=2, labels_of=known)
 
         run.set_rate(poly(step, poly_length(s)))
-        source_batch, target_batch = (
-            next_batch(x, device) for x in (source_batches, target_batches)
-        )
+        source_batch = next_batch(source_batches, device)
+        target_batch = next_batch(target_batches, device)
         if s.teacher and number:
             drop, draws = drop_share(step, s.steps, s.drop), step_generator(s, step, device)
             target_batch = taught(s, run, teacher, target_batch, drop, draws)

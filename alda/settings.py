@@ -524,10 +524,13 @@ class Settings:
             raise InputError(f"{name} must be {field.type.__name__}, got {value!r}")
         if meta["choices"] and value not in meta["choices"]:
             raise InputError(f"{name} must be one of {', '.join(meta['choices'])}; got {value!r}")
-        if meta["high"] is not None and not meta["low"] <= value <= meta["high"]:
+        low, high = meta["low"], meta["high"]
+        if high == 1 and not low <= value <= high:
             raise InputError(f"{name} is a share, from 0 to 1; got {value}")
-        if meta["low"] is not None and not value >= meta["low"]:  # also refuses nan
-            raise InputError(f"{name} must be at least {meta['low']}, got {value}")
+        if low is not None and not value >= low:  # also refuses nan
+            raise InputError(f"{name} must be at least {low}, got {value}")
+        if high is not None and value > high:
+            raise InputError(f"{name} must be at most {high:,.0f}, got {value}")
 
     def _check_together(self) -> None:
         """Settings that contradict each other."""

@@ -36,7 +36,14 @@ def trained(tiny_world, tmp_path_factory):
 
 
 SHARED = {
-    "cbda": {"strategy": "cbda", "budget": 0.2, "pseudo": "cbst", "pseudo_steps": "0,6"},
+    # at the others' rate its losses reach 50, and rounding becomes another network in eight steps
+    "cbda": {
+        "strategy": "cbda",
+        "budget": 0.2,
+        "pseudo": "cbst",
+        "pseudo_steps": "0,6",
+        "lr": 1e-4,
+    },
     "cbst": {"strategy": "cbst", "rounds": 2, "steps": 6},
     "ripu": {"strategy": "ripu", "budget": 0.2, "rules": "code", "pictures": 3},
     "ripu-pa": {"strategy": "ripu-pa", "pixels": 8, "radius": 2},
