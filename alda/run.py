@@ -164,7 +164,7 @@ class Run:
         self.lines = 0  # of metrics.jsonl
         # when the present step began; steps since the last progress line, and their seconds
         self.clock, self.timed, self.spent = 0.0, 0, 0.0
-        self.began, self.earlier = time.time(), 0.0  # this session; seconds of those before it
+        self.began, self.earlier = time.time(), 0.0  # of this process; seconds of earlier ones
         # scores of the loops that are done (STAL), and before the first round; kept in checkpoints
         self.scores: list[dict] = []
         self.before: dict | None = None
@@ -253,8 +253,8 @@ class Run:
         )
 
     def wall_s(self) -> float:
-        """The seconds that the run has taken so far: of this session, and of the earlier ones up to the
-        line of the log that it went on from."""
+        """The seconds that the run has taken so far: of this process, and of those before it up to the line
+        of the log that it went on from."""
         return self.earlier + time.time() - self.began
 
     def finite_losses(self, step: int) -> torch.Tensor:
