@@ -22,7 +22,7 @@ def main() -> int:
     asked = [word for word in sys.argv[1:] if word not in ("-h", "--help", "--version")]
     if asked:
         name = asked[0] if asked[0] in COMMANDS else next(iter(COMMANDS))
-        print(f"error: python -m alda does nothing; python -m alda.{name} does", file=sys.stderr)
+        print(f"error: this only lists the commands: python -m alda.{name} is one", file=sys.stderr)
     return 2 if asked else 0
 
 

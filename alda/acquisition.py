@@ -119,9 +119,10 @@ def region_impurity(prediction: torch.Tensor, num_classes: int, k: int = 1) -> t
     if prediction.is_floating_point() or not 2 <= num_classes <= 255:
         kind = f"{prediction.dtype} and {num_classes} classes"
         raise ValueError(f"prediction must be integer class ids of 2 to 255 classes, got {kind}")
-    if prediction.numel() and not 0 <= prediction.min() <= prediction.max() < num_classes:
-        ids = f"{prediction.min()}..{prediction.max()}"
-        raise ValueError(f"prediction must hold class ids 0..{num_classes - 1}, got {ids}")
+    least, most = (int(x) for x in prediction.aminmax())
+    if least < 0 or most >= num_classes:
+        ids = f"0..{num_classes - 1}, got {least}..{most}"
+        raise ValueError(f"prediction must hold class ids {ids}")
     # RIPU Eq. (1): n = |N_k(i)|
     area = region_area(prediction.shape[-2:], k, prediction.device)
     total = torch.zeros(prediction.shape, device=prediction.device)
@@ -392,9 +393,9 @@ def select_regions(
         if values is not None:
             check_tensor(values, name)
     check_radius(block_radius)
-    wrong = score.dim() != 2 or not hasattr(count, "__index__") or count < 0
-    wrong = wrong or (blocked is not None and blocked.shape != score.shape)
-    if wrong or (tie_break is not None and tie_break.shape[-2:] != score.shape):
+    fits = score.dim() == 2 and (blocked is None or blocked.shape == score.shape)
+    fits = fits and (tie_break is None or tie_break.shape[-2:] == score.shape)
+    if not fits or not hasattr(count, "__index__") or count < 0:  # a whole number, NumPy's too
         shapes = [None if x is None else tuple(x.shape) for x in (score, blocked, tie_break)]
         raise ValueError(
             "needs one (H,W) score, blocked and tie_break alike, a whole count of at least 0; got "

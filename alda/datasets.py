@@ -394,17 +394,17 @@ class SegmentationDataset(Dataset):
             )
 
     def fingerprint(self) -> dict:
-        """{"images": how many, "sha256": of ids, sizes and the lengths of all files, "photographs may
-        differ": the same without the photographs' lengths}: what a run's config.json remembers of its
-        data."""
-        strict, loose = hashlib.sha256(), hashlib.sha256()
+        """{"images": how many, "sha256": of ids, sizes and the lengths of all files,
+        "sha256_without_photographs": the same but for the photographs' lengths}: what a run's
+        config.json remembers of its data."""
+        whole, rest = hashlib.sha256(), hashlib.sha256()
         for sample in self.samples:
             label = sample.label if self.reads_labels else None
             line = [sample.id, sample.group, *sample.size]
             lengths = [path.stat().st_size for path in (sample.image, label) if path is not None]
-            strict.update(json.dumps([*line, *lengths]).encode())
-            loose.update(json.dumps([*line, *lengths[1:]]).encode())
-        sums = {"sha256": strict.hexdigest(), "photographs may differ": loose.hexdigest()}
+            whole.update(json.dumps([*line, *lengths]).encode())
+            rest.update(json.dumps([*line, *lengths[1:]]).encode())
+        sums = {"sha256": whole.hexdigest(), "sha256_without_photographs": rest.hexdigest()}
         return {"images": len(self), **sums}
 
 
@@ -1128,7 +1128,7 @@ def check_split(name: str, root: Path, split: str) -> tuple[list[str], list[str]
     sizes = ", ".join(f"{size} ({n})" for size, n in sizes.most_common(4))
     groups = len({sample.group for sample in data.samples})
     found = [f"{len(data)} images in {groups} groups, {len(labelled)} labels; {sizes}"]
-    classes, broken = count_classes(data)
+    classes, broken = read_all(data)
     free = name in _TARGETS and split == "train"  # some strategies need none of its labels
     if classes:
         found.append(f"images that hold each class: {classes}")
@@ -1140,9 +1140,9 @@ def check_split(name: str, root: Path, split: str) -> tuple[list[str], list[str]
     return found, wrong + broken, len(data)
 
 
-def count_classes(data: SegmentationDataset) -> tuple[str, list[str]]:
-    """("road 3, car 1", errors): in how many images each class occurs; the photographs and labels that
-    cannot be read: each is read once."""
+def read_all(data: SegmentationDataset) -> tuple[str, list[str]]:
+    """Reads each photograph and label once: ("road 3, car 1", errors), in how many images each class
+    occurs and which files cannot be read."""
 
     def read(index: int) -> tuple[list[int], list[str]]:
         classes, broken = [], []

@@ -246,8 +246,8 @@ def same_sized(pairs, device: torch.device):
 @torch.inference_mode()
 def predict_prob(model, images: torch.Tensor, protocol: Protocol, device) -> torch.Tensor:
     """Class probabilities of images (N,3,H,W) uint8 at their own size: (N,C,H,W) float32 on `device`;
-    of one image (3,H,W): (C,H,W). The model must be in eval mode. Raises InputError where one is not finite: that
-    is never a score."""
+    of one image (3,H,W): (C,H,W). The model must be in eval mode. Raises InputError where one is not
+    finite: that is never a score."""
     if images.dim() == 3:
         return predict_prob(model, images[None], protocol, device)[0]
     size = protocol.size or tuple(images.shape[-2:])

@@ -19,8 +19,7 @@ Differences from papers and official code:
       averages over pixels next to a label change (--rules code: a 3x3 Laplacian of the ids that is
       not 0, zeros beyond the border). Without such a pixel the code gives NaN, here 0.
  D12. Negative learning (RIPU Eq. 8) is -log(1 - p); the code adds 1e-6 inside, so that its loss is
-      1.0e-6 lower. It runs
-      over all target pixels from the first step, as in the code.
+      1.0e-6 lower. It runs over all target pixels from the first step, as in the code.
  D13. OHEM: min_kept = 0 switches the code's mining off, and nothing labelled gives NaN. Here
       min_kept = 0 keeps the threshold, and a batch without labels has loss 0.
  D14. Unlabelled loss (STAL Eq. 3): weights sum to 1 over the pixels that count; in the code the

@@ -809,7 +809,7 @@ def remember_data(out: Path, **parts: SegmentationDataset | None) -> None:
         before = before if isinstance(before, dict) else {}
         if before.get("sha256") == found["sha256"]:
             continue
-        if before.get("photographs may differ") == found["photographs may differ"]:
+        if before.get("sha256_without_photographs") == found["sha256_without_photographs"]:
             print(
                 f"warning: {parts[name].name}: photographs of the {name} have changed since {out} was "
                 "started; their names, sizes and labels are the same",

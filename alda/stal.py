@@ -24,9 +24,9 @@ Differences from papers and official code:
       and pulls absent classes towards 0.
  D38. The keep map of the unlabelled loss is drawn for each image; the code shares one.
  D39. CutMix mixes every image of the batch, from an image that was drawn two steps before; the code
-      mixes one image and fails at batch size 1. A class that fills an image has the image as its box; the code has
-      none there, and takes H^2 for the area. A component is drawn by area, the code's uniformly,
-      with another try if it is too small.
+      mixes one image and fails at batch size 1. A class that fills an image has the image as its
+      box; the code has none there, and takes H^2 for the area. A component is drawn by area, the
+      code's uniformly, with another try if it is too small.
  D40. Where no image is known to hold the drawn class, CutMix cuts from any target image, the code from
       any unlabelled one; and the code notes the shares of classes of both images that it mixes, here
       those of the batch's own are noted.
@@ -574,7 +574,6 @@ def follow(teacher, student, step: int, decay: float) -> None:
 def train_mode(teacher, images) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(logits (N,C,h,w), features (N,K,h,w) or None) of the teacher in train mode: its batch norm
     normalises these images alone and keeps its own running statistics."""
-    teacher.train()
     logits, features, _ = teacher(images, extras=True)
     return logits, features
 

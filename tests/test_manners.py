@@ -548,4 +548,4 @@ def test_the_list_of_commands_is_no_command(monkeypatch, capsys):
     for words, status in (([], 0), (["--help"], 0), (["loop", "--root", "toy"], 2), (["train"], 2)):
         monkeypatch.setattr(sys, "argv", ["alda", *words])
         assert __main__.main() == status
-        assert ("python -m alda.loop does" in capsys.readouterr().err) == bool(status)
+        assert ("python -m alda.loop is one" in capsys.readouterr().err) == bool(status)
