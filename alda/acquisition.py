@@ -216,10 +216,9 @@ def margin_score(logits: torch.Tensor, k: int = 1) -> torch.Tensor:
     """The baseline `margin`: region mean of 1 - (p_1st - p_2nd), (C,H,W) or (N,C,H,W) -> (H,W) or
     (N,H,W) in [0,1]. Raises ValueError for what is no map of logits."""
     check_logits(logits)
-    best = torch.cat(
-        [strip.float().softmax(-3).topk(2, dim=-3).values for strip in logits.split(ROWS, dim=-2)],
-        dim=-2,
-    )
+    strips = logits.split(ROWS, dim=-2)
+    best = [strip.float().softmax(-3).topk(2, dim=-3).values for strip in strips]
+    best = torch.cat(best, dim=-2)
     return region_mean(1 - (best.select(-3, 0) - best.select(-3, 1)), k)
 
 
@@ -269,9 +268,8 @@ def entropy_and_prediction(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Te
         for c in range(num_classes - 1, 0, -1):
             first.masked_fill_(z.select(-3, c) == 0, c)
         prediction.append(first.masked_fill_(z.select(-3, 0) == 0, 0))
-    return torch.cat(entropies, -2).div_(math.log(num_classes)).clamp_(min=0), torch.cat(
-        prediction, -2
-    )
+    entropies = torch.cat(entropies, -2).div_(math.log(num_classes)).clamp_(min=0)
+    return entropies, torch.cat(prediction, -2)
 
 
 # ------------------------------------------------------------------------------------------ regions
@@ -587,9 +585,8 @@ class GlobalBudget:
         low, high = (-(2**31), 2**31 - 1)
         while wanted and low < high:
             middle = (low + high + 1) // 2
-            reached = total(
-                sum(_at_least(values, _float(middle)) for values, _ in self.images.values())
-            )
+            value = _float(middle)
+            reached = total(sum(_at_least(values, value) for values, _ in self.images.values()))
             low, high = (middle, high) if reached >= wanted else (low, middle - 1)
         value = _float(low) if wanted else np.float32(math.inf)
         above = {
@@ -617,9 +614,8 @@ def _in_turns(ties: list[tuple], spare: int) -> list[tuple]:
     low, high = 0, int(numbers.max(initial=0))  # bisects for the most full turns that fit
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (
-            (middle, high) if np.minimum(numbers, middle).sum() <= spare else (low, middle - 1)
-        )
+        fits = np.minimum(numbers, middle).sum() <= spare
+        low, high = (middle, high) if fits else (low, middle - 1)
     granted = np.minimum(numbers, low)
     left = np.flatnonzero(numbers > low)[: spare - int(granted.sum())]
     granted[left] += 1
@@ -634,11 +630,8 @@ def _at_least(values: np.ndarray, value: np.float32) -> int:
 def _float(key: int) -> np.float32:
     """The float32 whose place in the order of all float32 is `key` (an int32): lets a threshold be
     bisected exactly."""
-    return (
-        np.array(key if key >= 0 else key ^ 0x7FFFFFFF, np.int64)
-        .astype(np.int32)
-        .view(np.float32)[()]
-    )
+    bits = np.array(key if key >= 0 else key ^ 0x7FFFFFFF, np.int64)
+    return bits.astype(np.int32).view(np.float32)[()]
 
 
 # -------------------------------------------------------------------------- STAL: images as queries

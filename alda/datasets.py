@@ -60,10 +60,10 @@ from torchvision.io import ImageReadMode, decode_image
 from alda import IGNORE, InputError
 from alda.distributed import say
 
-NO_TRUTH = 254  # in the truth of an unlabelled image: nobody knows this pixel's class; 255 is what a crop adds outside
-PSEUDO = (
-    100  # in a training label map, 100 + c is a pseudo-label of class c: nobody was asked for it
-)
+# in the truth of an unlabelled image: nobody knows this pixel's class; 255 is what a crop adds outside
+NO_TRUTH = 254
+# in a training label map, 100 + c is a pseudo-label of class c: nobody was asked for it
+PSEUDO = 100
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MEAN_COLOUR = (124, 116, 104)  # of ImageNet, in 0..255: what padding is
 
@@ -652,9 +652,8 @@ def resize_labels(labels: torch.Tensor, size: tuple[int, int], keep: bool = Fals
         return small
     rows, cols = (labels < PSEUDO).nonzero(as_tuple=True)
     height, width = labels.shape
-    cell = ((2 * rows + 1) * size[0] // (2 * height)) * size[1] + (2 * cols + 1) * size[1] // (
-        2 * width
-    )
+    row = (2 * rows + 1) * size[0] // (2 * height)
+    cell = row * size[1] + (2 * cols + 1) * size[1] // (2 * width)
     # numpy keeps the last value written: write backwards, the first wins
     order = torch.arange(len(cell)).flip(0)
     filled = np.full(size[0] * size[1], IGNORE, np.uint8)
@@ -674,12 +673,10 @@ class JointTransform:
 
     size: tuple[int, int] | None = None  # (H, W) to resize to; None keeps the file's size
     scale: tuple[float, float] = (1.0, 1.0)  # range of a random further scaling
-    halves: bool = (
-        False  # draw the scale below 1 half of the time and above 1 the other half (STAL)
-    )
-    crop: tuple[int, int] | None = (
-        None  # (H, W) of a random crop, padded where the image is smaller
-    )
+    # draw the scale below 1 half of the time and above 1 the other half (STAL)
+    halves: bool = False
+    # (H, W) of a random crop, padded where the image is smaller
+    crop: tuple[int, int] | None = None
     centred: bool = False  # pad on all sides (STAL), else below and to the right
     flip: bool = False  # mirror left and right with probability 0.5
     keep_labels: bool = False  # see resize_labels
@@ -709,9 +706,8 @@ class JointTransform:
     def _crop(self, image, labels, generator):
         """A window of size `crop`, at a place that `crop_at` chooses or at a random one; smaller
         images are padded first."""
-        height, width = (
-            max(0, crop - have) for crop, have in zip(self.crop, labels.shape, strict=True)
-        )
+        sizes = zip(self.crop, labels.shape, strict=True)
+        height, width = (max(0, crop - have) for crop, have in sizes)
         if height or width:
             top, left = (height // 2, width // 2) if self.centred else (0, 0)
             sides = (left, width - left, top, height - top)
@@ -992,13 +988,8 @@ class EndlessSampler(Sampler):
         world: int = 1,
         presence: np.ndarray | None = None,
     ):
-        self.length, self.seed, self.rank, self.world, self.presence = (
-            length,
-            seed,
-            rank,
-            world,
-            presence,
-        )
+        self.length, self.seed, self.presence = length, seed, presence
+        self.rank, self.world = rank, world
         self.position = 0  # draws of all processes together before the next one
         if length < 1:
             raise InputError("there are no images to draw from: the list of this part is empty")
@@ -1006,11 +997,9 @@ class EndlessSampler(Sampler):
     def order(self, number: int) -> np.ndarray:
         """The image indices of pass `number`, int64."""
         rng = np.random.default_rng([self.seed, number])
-        return (
-            rng.permutation(self.length)
-            if self.presence is None
-            else balanced_order(self.presence, rng)
-        )
+        if self.presence is None:
+            return rng.permutation(self.length)
+        return balanced_order(self.presence, rng)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         number, order, start = -1, np.empty(0, np.int64), 0

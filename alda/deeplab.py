@@ -232,12 +232,8 @@ class Backbone(nn.Module):
         self.widths = BACKBONES[name]
         self.conv1, self.bn1, self.relu = net.conv1, net.bn1, net.relu
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=stem == "deep" or caffe)
-        self.layer1, self.layer2, self.layer3, self.layer4 = (
-            net.layer1,
-            net.layer2,
-            net.layer3,
-            net.layer4,
-        )
+        self.layer1, self.layer2 = net.layer1, net.layer2
+        self.layer3, self.layer4 = net.layer3, net.layer4
 
     def forward(self, images):
         low = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(images)))))
@@ -503,12 +499,11 @@ def _still(norms):
 
 def _add_extras(model, features, num_classes, representation, auxiliary, norm):
     """Give a network its representation and auxiliary heads, or None."""
-    model.representation = (
-        _small_head(features, representation, 2, norm) if representation else None
-    )
-    model.auxiliary = (
-        _small_head(model.backbone.widths[1], num_classes, 1, norm) if auxiliary else None
-    )
+    model.representation = model.auxiliary = None
+    if representation:
+        model.representation = _small_head(features, representation, 2, norm)
+    if auxiliary:
+        model.auxiliary = _small_head(model.backbone.widths[1], num_classes, 1, norm)
 
 
 def _outputs(model, features, middle, extras):

@@ -649,13 +649,8 @@ def write_predictions(
     returns how many."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, sample in enumerate(dataset.samples):
-        prediction = (
-            predict_prob(model, dataset.image(index), protocol, device)
-            .argmax(0)
-            .to(torch.uint8)
-            .cpu()
-            .numpy()
-        )
+        prob = predict_prob(model, dataset.image(index), protocol, device)
+        prediction = prob.argmax(0).to(torch.uint8).cpu().numpy()
         picture = Image.fromarray(to_label_ids(prediction))
         write_atomic(folder / f"{sample.id}_pred_labelIds.png", partial(picture.save, format="PNG"))
     return len(dataset)

@@ -40,9 +40,8 @@ from alda.distributed import world_size
 from alda.pictures import NOW, class_picture, fit, marked
 from alda.run import started_with
 
-NO_ANSWER = (
-    254  # in a map of answers: nobody said anything; 255 is the answer "none of the classes"
-)
+# in a map of answers: nobody said anything; 255 is the answer "none of the classes"
+NO_ANSWER = 254
 NONE_NAMES = ("unknown", "unlabeled", "void", "ignore")  # labels of Labelme shapes without a class
 # what follows the image's name in the name of its answer; Cityscapes' and ACDC's own are among them
 _IDS = ("_labelIds.png", "_labelTrainIds.png")
@@ -328,9 +327,8 @@ class Answer(NamedTuple):
     missing: int  # asked pixels without an answer
     extra: int  # pixels with a class that were not asked
     problems: list[str]
-    work: (
-        dict  # {"answers": picks that have one, "corrections": , "seconds": or None where unknown}
-    )
+    # {"answers": picks that have one, "corrections": , "seconds": or None where unknown}
+    work: dict
 
 
 def answer_to(folder: Path, record: dict, image_id: str, files: dict[str, Path]) -> Answer:

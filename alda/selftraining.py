@@ -49,9 +49,8 @@ CHUNK = 2**18  # pixels counted at a time
 DROPPED = 13  # low bits of a float32 that a bin leaves out: 10 bits of the fraction remain
 # the bin of 2^-20; what is less confident counts as no prediction at all
 FIRST = (127 - 20) << (23 - DROPPED)
-BINS = (
-    20 << (23 - DROPPED)
-) + 1  # 2^-20 ... 1: 1024 bins for each halving of the confidence, and one for exactly 1
+# 2^-20 ... 1: 1024 bins for each halving of the confidence, and one for exactly 1
+BINS = (20 << (23 - DROPPED)) + 1
 
 
 # --------------------------------------------------------------------------------- CBST: thresholds
@@ -167,9 +166,8 @@ class ConfidenceHistogram:
         reached = counts.flip(1).cumsum(1)
         place = BINS - 1 - (reached < rank[:, None]).sum(1, keepdim=True)  # (C,1)
         number, rest = counts.gather(1, place).clamp(min=1), rest.gather(1, place)
-        mean = (
-            rest + number // 2
-        ) // number  # within a bin the exponent is one, so values are linear in their bits
+        # within a bin the exponent is one, so values are linear in their bits
+        mean = (rest + number // 2) // number
         value = (((place + FIRST) << DROPPED) + mean)[:, 0].to(torch.int32).view(torch.float32)
         return torch.where(rank > 0, value, 1.0).expand(len(self.predicted)).clone()
 
@@ -287,10 +285,9 @@ def spatial_prior(
         if counts is None:
             # the last plane takes the ignored pixels
             counts = torch.zeros(num_classes + 1, *size, device=label.device)
-        pairs = zip(size, label.shape, strict=True)
-        rows, cols = (
-            (2 * torch.arange(n, device=label.device) + 1) * have // (2 * n) for n, have in pairs
-        )
+        (h, w), (height, width) = size, label.shape
+        rows = (2 * torch.arange(h, device=label.device) + 1) * height // (2 * h)
+        cols = (2 * torch.arange(w, device=label.device) + 1) * width // (2 * w)
         cells = label[rows][:, cols].long()  # (h,w) -> (H,W)
         cells = cells.masked_fill(cells == IGNORE, num_classes)
         counts.scatter_add_(0, cells[None], torch.ones_like(counts[:1]))

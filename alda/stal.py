@@ -88,9 +88,8 @@ class ConfidenceBank:
         # (2C,): sums of p_c, then pixels
         sums = torch.cat([sums, torch.stack([hit.sum() for hit in hits])])
         total, number = all_reduce(sums).chunk(2)
-        now = (
-            self.momentum * self.value + (1 - self.momentum) * (total / number.clamp(min=1)).float()
-        )
+        mean = (total / number.clamp(min=1)).float()
+        now = self.momentum * self.value + (1 - self.momentum) * mean
         self.value = torch.where(number > 0, now, self.value)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -195,11 +194,8 @@ def nth(mask: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """The place of the floor(u * n)-th of the n Trues of `mask` (P,), a 0-dim int64; 0 where there
     is none."""
     running = mask.cumsum(0)
-    return (
-        (running <= (u * running[-1]).floor().clamp(max=running[-1] - 1))
-        .sum()
-        .clamp(max=len(mask) - 1)
-    )
+    before = (u * running[-1]).floor().clamp(max=running[-1] - 1)
+    return (running <= before).sum().clamp(max=len(mask) - 1)
 
 
 def class_box(

@@ -159,10 +159,8 @@ class Scene:
         self.look, self.size, self.rng = look, size, rng
         width, height = size[0] * SCALE, size[1] * SCALE
         self.focal, self.eye = rng.uniform(*look.focal) * width, rng.uniform(*look.eye)
-        self.centre, self.horizon = (
-            rng.uniform(0.4, 0.6) * width,
-            rng.uniform(*look.horizon) * height,
-        )
+        self.centre = rng.uniform(0.4, 0.6) * width
+        self.horizon = rng.uniform(*look.horizon) * height
         # metres sideways at 1 m, growing with z squared
         self.bend = rng.choice((0, 0, rng.uniform(-0.0018, 0.0018)))
         self.road, self.pavement = rng.uniform(*look.road), rng.uniform(*look.pavement)
@@ -190,19 +188,16 @@ class Scene:
 
     def colour(self, part: str, gain: float = 1.0) -> tuple:
         """A colour of the part (RGB, 0..255), another for each instance."""
-        text, gain = (
-            self.rng.choice(self.colours[part]),
-            gain * (1 + self.look.spread * self.rng.uniform(-1, 1)),
-        )
+        text = self.rng.choice(self.colours[part])
+        gain = gain * (1 + self.look.spread * self.rng.uniform(-1, 1))
         return tuple(
             int(text[i : i + 2], 16) * gain * self.rng.uniform(0.95, 1.05) for i in (0, 2, 4)
         )
 
     def project(self, x: float, y: float, z: float) -> tuple[float, float]:
         scale = self.focal / z
-        return self.centre + scale * (x - self.eye_x + self.bend * z * z), self.horizon + scale * (
-            self.eye - y
-        )
+        column = self.centre + scale * (x - self.eye_x + self.bend * z * z)
+        return column, self.horizon + scale * (self.eye - y)
 
     def paint(self, points: list, colour: tuple | None, cls: str | None, z: float = NEAR) -> None:
         """Fills a polygon of drawing pixels; without a class only the picture changes, without a
@@ -469,9 +464,8 @@ def barrier(scene: Scene, kind: str, side: int, x: float, z0: float, z1: float) 
 def plant(scene: Scene, x: float, z: float, bush: bool = False) -> None:
     """A trunk and a crown of leaves, lit from the sun's side; a conifer; or a bush."""
     rng, panel, leaf = scene.rng, scene.metric(x, z), scene.colour("vegetation")
-    tall, crown = (
-        (0.8, rng.uniform(0.6, 1.2)) if bush else (rng.uniform(5, 11), rng.uniform(1.3, 2.6))
-    )
+    tall = 0.8 if bush else rng.uniform(5, 11)
+    crown = rng.uniform(0.6, 1.2) if bush else rng.uniform(1.3, 2.6)
     scene.cast(x - crown * 0.8, x + crown * 0.8 - scene.sun * 2, z - 1.2, z + 1.2)
     if not bush:
         panel.bar(scene.colour("trunk"), (0, 0), (0, tall * 0.6), 0.35, "vegetation")
@@ -642,9 +636,9 @@ def vehicle(
     # chassis first, then the far parts
     for block in sorted(blocks, key=lambda b: (b.low > 0.5, -heading * b.nose)):
         side, first, last = block.inset if heading < 0 else (block.inset[0], *block.inset[:0:-1])
-        a, b = (
-            (block.nose, block.tail) if heading < 0 else (length - block.tail, length - block.nose)
-        )
+        a, b = block.nose, block.tail
+        if heading > 0:
+            a, b = length - b, length - a
         paint, ys = lit(colour, block.paint), (block.low, block.high)
         if across:
             inset, nose = (first, last, side, side), (x > scene.eye_x) == (heading < 0)
@@ -722,11 +716,8 @@ def place(scene: Scene, name: str) -> tuple | None:
                     "gutter": half - 1.05, "lane": half * rng.uniform(0.4, 0.6)}[where]  # fmt: skip
         # on the crossing street
         if name in VEHICLES and scene.junction < FAR and rng.random() < 0.35:
-            across, z, x = (
-                True,
-                scene.junction + rng.choice((1.5, 5)),
-                scene.eye_x + rng.uniform(-12, 12),
-            )
+            across, z = True, scene.junction + rng.choice((1.5, 5))
+            x = scene.eye_x + rng.uniform(-12, 12)
         half_x, deep = (length / 2, 2.6) if across else (wide, length)
         # it would stand on the crossing street
         off_kerb = not across and abs(x) > half and -1 < z - scene.junction < 9
@@ -797,11 +788,8 @@ def picture(
 
 def develop(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """From the drawing to what a sensor gives: texture, shade, vignette, tint, blur and noise."""
-    look, (width, height), rng = (
-        scene.look,
-        scene.size,
-        np.random.default_rng(scene.rng.getrandbits(64)),
-    )
+    look, (width, height) = scene.look, scene.size
+    rng = np.random.default_rng(scene.rng.getrandbits(64))
     ids = np.asarray(scene.labels)[1::SCALE, 1::SCALE].copy()
     image = np.asarray(scene.picture.resize(scene.size, Image.Resampling.BOX)).astype(np.float32)
     strength = np.full((256, 2), (0.02, 0.0), np.float32)
@@ -813,10 +801,8 @@ def develop(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     shade = scene.shade.resize(scene.size, Image.Resampling.BOX).filter(
         ImageFilter.GaussianBlur(look.shadow[1])
     )
-    y, x = (
-        np.linspace(-1, 1, height, dtype=np.float32)[:, None],
-        np.linspace(-1, 1, width, dtype=np.float32),
-    )
+    y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
+    x = np.linspace(-1, 1, width, dtype=np.float32)
     gain = 1 + strength[ids, 0] * coarse + strength[ids, 1] * fine
     gain *= np.asarray(shade, np.float32) / 255 * (1 - look.vignette * (x * x + y * y))
     image *= gain[..., None]

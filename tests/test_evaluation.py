@@ -44,9 +44,8 @@ def test_iou_equals_the_recorded_official_counts():
     assert matrix.diagonal().tolist() == golden["inter_np"].tolist()
     assert matrix.sum(1).tolist() == golden["target_np"].tolist()
     found = E.iou(matrix)
-    present = (
-        golden["target_np"] > 0
-    )  # classes of the truth; the official code counts the others as 0
+    # classes of the truth; the official code counts the others as 0
+    present = golden["target_np"] > 0
     gap = np.abs(found.numpy()[present] - golden["iou_class"][present]).max()
     print(f"IoU: max gap {gap:.2e}")
     assert gap < 1e-9 and found.isnan().numpy().tolist() == (~present).tolist()

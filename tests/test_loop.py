@@ -208,9 +208,8 @@ def test_pseudo_labels_interrupted_and_resumed(
         "strategy": strategy,
         **({"pseudo": pseudo, "pseudo_steps": "3,6"} if pseudo else {}),
     }
-    options["rules"] = (
-        "code"  # the network of 2 steps saturates: the paper's strict rule labels nothing
-    )
+    # the network of 2 steps saturates: the paper's strict rule labels nothing
+    options["rules"] = "code"
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert loop.main(arguments(tiny_world, whole, **options)) == 0
     # in the middle of the source training (where there is one), of the second pass over the target, and of training

@@ -113,9 +113,8 @@ def test_weighted_consistency_equals_the_recorded_one_but_for_ignored_pixels():
         (g["sample_map"], 2, "sample_gamma2"),
     ):
         weight = conf**gamma if keep is None else conf**gamma * keep
-        share = (
-            weight * known
-        ).sum() / weight.sum()  # what the official denominator loses to ignored pixels (S7)
+        # what the official denominator loses to ignored pixels (S7)
+        share = (weight * known).sum() / weight.sum()
         loss = L.weighted_consistency(logits, labels, conf, gamma, keep)
         close(loss.item() * share, g[f"loss_{name}"], 2e-6, name)
         # the bug: 29 % ignored pixels made the loss as much smaller
