@@ -74,10 +74,10 @@ def confusion_matrix(
         check_tensor(values, name)
     floats = prediction.is_floating_point() or labels.is_floating_point()
     if prediction.shape != labels.shape or floats:
-        found = (
-            f"{prediction.dtype} {tuple(prediction.shape)} and {labels.dtype} {tuple(labels.shape)}"
+        found = [f"{values.dtype} {tuple(values.shape)}" for values in (prediction, labels)]
+        raise ValueError(
+            f"prediction and labels must be integer maps of one shape, got {' and '.join(found)}"
         )
-        raise ValueError(f"prediction and labels must be integer maps of one shape, got {found}")
     valid = labels != IGNORE
     for name, values in (("prediction", prediction), ("labels", labels)):
         wrong = valid & ((values < 0) | (values >= num_classes))
@@ -133,10 +133,9 @@ TOY_MARK = "TOY: numbers on the miniature world\n"  # above every report on it
 
 def describe(result: dict) -> str:
     """A summary as text: one line a class, then the means, the absent classes and the protocol."""
-    lines = [
-        f"  {n:14s} {'absent' if v is None else f'{100 * v:6.2f}'}"
-        for n, v in result["IoU"].items()
-    ]
+    lines = []
+    for name, value in result["IoU"].items():
+        lines.append(f"  {name:14s} {'absent' if value is None else f'{100 * value:6.2f}'}")
     means = []
     for name in [key.removeprefix("mIoU") for key in result if key.startswith("mIoU")]:
         value = result[f"mIoU{name}"]
@@ -172,12 +171,11 @@ class Protocol:
 
     def __str__(self) -> str:
         size = f"{self.size[1]}x{self.size[0]}" if self.size else "full resolution"
-        window = (
-            f", window {self.window} stride {math.ceil(self.window * self.stride)}"
-            if self.window
-            else ""
-        )
-        return f"{self.name} ({size}{window}, {'flip' if self.flip else 'no flip'}, scored at label size)"
+        window = ""
+        if self.window:
+            window = f", window {self.window} stride {math.ceil(self.window * self.stride)}"
+        flip = "flip" if self.flip else "no flip"
+        return f"{self.name} ({size}{window}, {flip}, scored at label size)"
 
 
 PROTOCOLS = {
@@ -623,9 +621,8 @@ def load_run(path: str | Path, device, which: str | None = None, network: dict |
 
     Our own files, and STAL's and CRST's, say how their network is built (`deeplab.network_in`); for
     others `network` holds the arguments of `deeplab.build` (default: RIPU's DeepLabV2 on ResNet-101
-    with frozen batch norm). `which` is
-    "model" or "teacher"; by default the teacher of our own files that hold one, as in their run's
-    report, else the model. Raises InputError.
+    with frozen batch norm). `which` is "model" or "teacher"; by default the teacher of our own files
+    that hold one, as in their run's report, else the model. Raises InputError.
     """
     path = Path(path)
     file = path / "checkpoints" / "last.pt" if path.is_dir() else path

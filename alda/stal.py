@@ -82,12 +82,10 @@ class ConfidenceBank:
     def update(self, prob: torch.Tensor, labels: torch.Tensor) -> None:
         """prob (N,C,H,W), the student's on labelled images; labels (N,H,W), 255 = none."""
         hits = [labels == c for c in range(len(self.value))]
-        sums = torch.stack(
-            [(prob[:, c].float() * hit).sum().double() for c, hit in enumerate(hits)]
-        )
-        # (2C,): sums of p_c, then pixels
-        sums = torch.cat([sums, torch.stack([hit.sum() for hit in hits])])
-        total, number = all_reduce(sums).chunk(2)
+        sums = [(prob[:, c].float() * hit).sum().double() for c, hit in enumerate(hits)]
+        pixels = [hit.sum() for hit in hits]
+        both = torch.cat([torch.stack(sums), torch.stack(pixels)])  # (2C,)
+        total, number = all_reduce(both).chunk(2)
         mean = (total / number.clamp(min=1)).float()
         now = self.momentum * self.value + (1 - self.momentum) * mean
         self.value = torch.where(number > 0, now, self.value)
@@ -111,9 +109,8 @@ def class_chances(confidence: torch.Tensor, power: float = 1.0) -> torch.Tensor:
 def draw(chances: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Draws by `chances` (C,) from u in [0,1), by the inverse of the cumulative sum: u (...) ->
     (...) int64."""
-    return torch.searchsorted(chances.double().cumsum(0), u.double(), right=True).clamp(
-        max=len(chances) - 1
-    )
+    drawn = torch.searchsorted(chances.double().cumsum(0), u.double(), right=True)
+    return drawn.clamp(max=len(chances) - 1)
 
 
 def keep_by_class(
@@ -248,8 +245,8 @@ def place(size: torch.Tensor, length: int, u: torch.Tensor) -> tuple[torch.Tenso
 def component(grid: torch.Tensor, start: torch.Tensor, sweeps: int) -> torch.Tensor:
     """The True pixels of `grid` (H,W) that are connected (8 neighbours) with `start`, by at most
     `sweeps` sweeps: bool."""
-    # pixels of one run have the same number
-    reached, runs = (start.float(), [(~grid).cumsum(dim) for dim in (1, 0)])
+    reached = start.float()
+    runs = [(~grid).cumsum(dim) for dim in (1, 0)]  # pixels of one run have the same number
     for _ in range(sweeps):
         for dim, run in zip((1, 0), runs, strict=True):
             hit = reached.new_zeros(len(grid) + (dim == 0), grid.shape[1] + (dim == 1))
@@ -583,8 +580,7 @@ def cut(images, logits, truth, others: Others | None, generator):
     own, other = logits[:n], logits[n:]
     prediction = other.argmax(1).masked_fill(others.truth == IGNORE, IGNORE)
     u = torch.rand(n, 4, generator=generator, device=images.device)
-    boxes = [class_box(prediction[i], others.classes[i], u[i]) for i in range(n)]
-    boxes = torch.stack(boxes)
+    boxes = torch.stack([class_box(prediction[i], others.classes[i], u[i]) for i in range(n)])
     mixed = cutmix(images, others.images, boxes), cutmix(own, other, boxes)
     return *mixed, cutmix(truth, others.truth, boxes)
 
