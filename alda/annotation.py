@@ -261,17 +261,15 @@ class NewRound:
             complete_folder(self.work, self.path, self.record())
 
     def record(self) -> dict:
-        total = {
-            key: sum(row[key] for row in self.images.values())
-            for key in ("asked", "labelled", "trained", "regions")
-        }
+        keys = ("asked", "labelled", "trained", "regions")
+        total = {key: sum(row[key] for row in self.images.values()) for key in keys}
+        asked, labelled = total["asked"], total["labelled"]
         for row in self.images.values():
-            row["share"] = row["asked"] / max(1, total["asked"])  # of what this round asked
+            row["share"] = row["asked"] / max(1, asked)  # of what this round asked
         return {
-            "asked": total["asked"],  # pixels
-            "labelled": total["labelled"],  # of those, pixels with a class
-            "ignored": total["asked"]
-            - total["labelled"],  # of those, pixels that the truth leaves out
+            "asked": asked,  # pixels
+            "labelled": labelled,  # of those, pixels with a class
+            "ignored": asked - labelled,  # of those, pixels that the truth leaves out
             "trained": total["trained"],  # labelled cells after resizing to the training size
             "regions": total["regions"],  # picks
             "classes": dict(zip(self.names, self.classes.tolist(), strict=True)),
