@@ -285,9 +285,9 @@ def spatial_prior(
         if counts is None:
             # the last plane takes the ignored pixels
             counts = torch.zeros(num_classes + 1, *size, device=label.device)
-        (h, w), (height, width) = size, label.shape
-        rows = (2 * torch.arange(h, device=label.device) + 1) * height // (2 * h)
-        cols = (2 * torch.arange(w, device=label.device) + 1) * width // (2 * w)
+        (height, width), (h, w) = size, label.shape
+        rows = (2 * torch.arange(height, device=label.device) + 1) * h // (2 * height)
+        cols = (2 * torch.arange(width, device=label.device) + 1) * w // (2 * width)
         cells = label[rows][:, cols].long()  # (h,w) -> (H,W)
         cells = cells.masked_fill(cells == IGNORE, num_classes)
         counts.scatter_add_(0, cells[None], torch.ones_like(counts[:1]))
