@@ -261,6 +261,8 @@ class NewRound:
             complete_folder(self.work, self.path, self.record())
 
     def record(self) -> dict:
+        """What round.json says: the round's ledger in pixels and picks, its notes, a row for each
+        image."""
         keys = ("asked", "labelled", "trained", "regions")
         total = {key: sum(row[key] for row in self.images.values()) for key in keys}
         asked, labelled = total["asked"], total["labelled"]
