@@ -831,8 +831,8 @@ settings | schedules full assembly | `full` trains with RIPU's losses
 -"full": {"consistency": 0.0, "negative": 0.0},
 +"full": {},
 settings | schedules source-only assembly | source-only trains with RIPU's consistency
--"source-only": {"consistency": 0.0, "negative": 0.0},
-+"source-only": {},
+-"source-only": {"lr": 5e-4, "steps": 20_000, "consistency": 0.0, "negative": 0.0},
++"source-only": {"lr": 5e-4, "steps": 20_000},
 settings | schedules | pixel queries of RIPU have radius 1
 -"radius": 32, "pixels": 40
 +"radius": 1, "pixels": 40

@@ -354,6 +354,30 @@ def test_the_decay_of_a_source_free_run_is_62500_steps_long():
     assert poly_length(settings_for({"strategy": "ripu", "poly_steps": 50_000})) == 50_000
 
 
+def test_source_only_is_trained_as_ripus_source_network():
+    """Its published configuration: rate, steps, the steps of the whole decay, images a step."""
+    s = settings_for({"strategy": "source-only"})
+    assert (s.lr, s.steps, poly_length(s), s.batch) == (5e-4, 20_000, 31_250, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "budget"),
+    [
+        ({"strategy": "ripu"}, 0.022),
+        ({"strategy": "ripu", "net": "deeplabv3plus"}, 0.05),
+        (
+            {"strategy": "random", "net": "deeplabv3plus"},
+            0.05,
+        ),  # as many as what it is compared with
+        ({"strategy": "cbda"}, 0.05),
+        ({"strategy": "ripu", "net": "deeplabv3plus", "budget": 0.01}, 0.01),
+        ({"strategy": "ripu", "root": "toy", "net": "deeplabv3plus"}, 0.022),
+    ],
+)
+def test_the_published_budget_of_each_network(given, budget):
+    assert settings_for(given).budget == budget
+
+
 # ---------------------------------------------------------------------------------------------- CBST
 
 
