@@ -1,6 +1,7 @@
 """alda: active learning for domain-adaptive semantic segmentation. Start with `python -m alda`."""
 
 import os
+import sys
 
 # Threads that wait for each other sleep instead of spinning: on a machine that others use too, a small
 # step takes half the time. Read when torch is loaded; a value of the user's stands.
@@ -8,6 +9,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 IGNORE = 255  # the label of a pixel that has none, in every label map of this package
+
+
+def escape_output() -> None:
+    """From here on stdout escapes what the terminal has no letters for (a folder's name), as stderr
+    always does: no run ends for it."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class InputError(Exception):

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from alda import InputError
+from alda import InputError, escape_output
 from alda.datasets import CLASSES, NAMES, read_image, read_json, write_atomic
 from alda.oracle import ENDINGS, open_round, page_part, shapes_digest
 from alda.run import locked, resume_line
@@ -379,4 +379,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    escape_output()
     sys.exit(main())

@@ -54,11 +54,11 @@ import numpy as np
 import torch
 import torchvision.transforms.v2.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision.io import ImageReadMode, decode_image
 
-from alda import IGNORE, InputError
-from alda.distributed import say
+from alda import IGNORE, InputError, escape_output
+from alda.distributed import all_gather_list, say, share
 
 # in the truth of an unlabelled image: nobody knows this pixel's class; 255 is what a crop adds outside
 NO_TRUTH = 254
@@ -974,10 +974,10 @@ def mix_seed(*parts: int) -> int:
 class EndlessSampler(Sampler):
     """Yields (draw, index) for ever: draw counts 0, 1, 2, ... and index is the image drawn.
 
-    Each pass over the data is a fresh permutation, a pure function of (seed, pass); so the whole
-    state is the draw number. `state_dict()` / `load_state_dict()` save and restore it. With `world`
-    processes, process `rank` gets the draws d with d % world == rank. With `presence` ((N,C) bool,
-    which image holds which class) a pass is the class-balanced order of `balanced_order`.
+    Each pass over the data is a fresh permutation, a pure function of (seed, pass); so the draw to
+    begin with, `position`, is the whole state. With `world` processes, process `rank` gets the draws
+    d with d % world == rank. With `presence` ((N,C) bool, which image holds which class) a pass is
+    the class-balanced order of `balanced_order`.
     """
 
     def __init__(
@@ -990,7 +990,7 @@ class EndlessSampler(Sampler):
     ):
         self.length, self.seed, self.presence = length, seed, presence
         self.rank, self.world = rank, world
-        self.position = 0  # draws of all processes together before the next one
+        self.position = 0  # draws of all processes together before the first one here
         if length < 1:
             raise InputError("there are no images to draw from: the list of this part is empty")
 
@@ -1011,12 +1011,6 @@ class EndlessSampler(Sampler):
                 order = self.order(number)
             yield draw, int(order[draw - start])
             draw += self.world
-
-    def state_dict(self) -> dict:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.position = state["position"]
 
 
 def balanced_order(
@@ -1052,9 +1046,14 @@ def balanced_order(
 
 def class_presence(dataset: SegmentationDataset, workers: int = 0) -> np.ndarray:
     """Which image holds which class: (N,C) bool, from one read of every label file (published lists
-    are not needed)."""
-    rows = load(EachImage(len(dataset), dataset.classes), workers, batch_size=None)
-    return np.stack([row.numpy() for row in progress(rows, len(dataset), "labels read")])
+    are not needed), which the processes share. Collective."""
+    own = share(range(len(dataset)))
+    rows = load(Subset(EachImage(len(dataset), dataset.classes), own), workers, batch_size=None)
+    found = [row.numpy() for row in progress(rows, len(own), "labels read")]
+    presence = np.empty((len(dataset), NUM_CLASSES), bool)
+    for index, row in all_gather_list(list(zip(own, found, strict=True))):
+        presence[index] = row
+    return presence
 
 
 # ------------------------------------------------------------------------------------- what is there
@@ -1174,4 +1173,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    escape_output()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

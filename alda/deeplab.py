@@ -670,7 +670,10 @@ def load_checkpoint(model, path, which="model"):
     """
     if which not in ("model", "teacher"):
         raise InputError(f"which is 'model' or 'teacher', not {which!r}")
-    layout, state = _state_of(read(path), which, path)
+    content = read(path)
+    layout, state = _state_of(content, which, path)
+    if which == "model" and {"teacher", "teacher_state"} & content.keys():
+        print(f"{path} holds a student and its teacher: the student is taken", flush=True)
     if layout == "torchvision":
         _fill(model, state, "backbone.", f"{path} ({layout} layout)")
         return layout

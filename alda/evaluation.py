@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Subset
 
-from alda import IGNORE, InputError, deeplab
+from alda import IGNORE, InputError, deeplab, escape_output
 from alda.acquisition import check_tensor
 from alda.annotation import PEOPLE
 from alda.datasets import (
@@ -813,6 +813,7 @@ def pick_device(name: str) -> torch.device:
 
 
 if __name__ == "__main__":
+    escape_output()
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -43,7 +43,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alda import IGNORE, InputError, deeplab, toy
+from alda import IGNORE, InputError, deeplab, escape_output, toy
 from alda.annotation import (
     Rounds,
     bought_and_pseudo,
@@ -344,7 +344,7 @@ def train_cbst(s: Settings, out: Path, device: torch.device) -> dict:
         if local == 0 and first_says(rounds.complete() < number):
             note_before(s, run, run.model, validation, step)
             run.save(step)
-            if s.strategy == "cbst-sp":
+            if s.strategy == "cbst-sp" and prior is None:
                 prior = source_prior(s, source, device)
             label_target(s, run, target, rounds, number, s.strategy, prior)
         if local == 0:
@@ -836,4 +836,5 @@ def run_strategy(s: Settings, out: Path, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
+    escape_output()
     sys.exit(main())

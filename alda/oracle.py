@@ -313,7 +313,11 @@ def set_aside(out: Path) -> None:
     for number in range(1, rounds.complete() + 1):
         folder = open_folder(rounds, number)
         if folder.is_dir():
-            os.replace(folder, folder.with_suffix(".answered"))
+            aside, times = folder.with_suffix(".answered"), 1
+            while aside.exists():  # of a round that was removed and asked again
+                times += 1
+                aside = folder.with_suffix(f".answered-{times}")
+            os.replace(folder, aside)
 
 
 # ------------------------------------------------------------------------------------ to read answers
@@ -459,11 +463,18 @@ def shape_mask(shape: dict, size: tuple[int, int]) -> np.ndarray:
         points = np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
     if kind in ("polygon", "rectangle"):
         return polygon_mask(points, size)
-    rows, cols = np.mgrid[: size[0], : size[1]]
     x, y = points[0]
-    if kind == "circle":
-        return np.hypot(cols + 0.5 - x, rows + 0.5 - y) <= np.hypot(*(points[1] - points[0]))
-    return (rows == np.floor(y)) & (cols == np.floor(x))
+    radius = np.hypot(*(points[1] - points[0])) if kind == "circle" else 0.0
+    edges = [y - radius, y + radius + 1, x - radius, x + radius + 1]
+    limits = [size[0], size[0], size[1], size[1]]
+    top, bottom, left, right = np.clip(np.floor(edges), 0, limits).astype(int)
+    mask = np.zeros(size, bool)
+    if kind == "point":
+        mask[top:bottom, left:right] = True
+        return mask
+    rows, cols = np.arange(top, bottom)[:, None], np.arange(left, right)
+    mask[top:bottom, left:right] = np.hypot(cols + 0.5 - x, rows + 0.5 - y) <= radius
+    return mask
 
 
 def polygon_mask(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:

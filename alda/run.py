@@ -12,9 +12,9 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import math
 import os
 import platform
-import resource
 import shlex
 import signal
 import subprocess
@@ -73,7 +73,7 @@ def batches(s, dataset: SegmentationDataset, step: int, stream: int, labels_of):
         presence = class_presence(dataset, s.workers)
     rank, world = rank_and_world()
     sampler = EndlessSampler(len(dataset), mix_seed(s.seed, stream), rank, world, presence)
-    sampler.load_state_dict({"position": step * s.batch})
+    sampler.position = step * s.batch
     transform, cache = transform_of(s, stream), None
     if s.cache and transform.size and transform.scale == (1.0, 1.0):
         cache = ImageCache(Path(s.cache), dataset, transform.size, s.cache_gb * 1e9 / 2)
@@ -112,7 +112,7 @@ def mixed_batches(
     """
     rank, world = rank_and_world()
     sampler = EndlessSampler(len(entries), seed, rank, world)
-    sampler.load_state_dict({"position": step * s.batch})
+    sampler.position = step * s.batch
     return endless(s, Mixture(views, entries), sampler)
 
 
@@ -134,7 +134,7 @@ class Run:
         self.rank, world = rank_and_world()
         self.half = s.precision == "bfloat16" or (s.precision == "auto" and has_bfloat16(device))
         self.network = network_of(s)
-        check_images_a_pass(s, self.network)
+        check_images_a_pass(s, self.network, device)
         self.model = self.fresh_model()
         if world > 1 and device.type == "cuda":
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -578,9 +578,10 @@ def network_of(s) -> dict:
     return network
 
 
-def check_images_a_pass(s, network: dict) -> None:
+def check_images_a_pass(s, network: dict, device: torch.device) -> None:
     """Raises InputError, before anything is asked or trained, where DeepLabV3+ with live batch norm
-    would see a single image: it normalises the mean over each image by those of the others."""
+    would see a single image: it normalises the mean over each image by those of the others, on GPUs
+    of all processes (SyncBatchNorm)."""
     if network["net"] != "deeplabv3plus" or network["batch_norm"] != "live":
         return
     processes, parts = rank_and_world()[1], s.parts
@@ -588,6 +589,8 @@ def check_images_a_pass(s, network: dict) -> None:
     both = s.strategy in ("full", *QUERIES) and not s.source_free
     if both and (s.crop or s.source_hw == s.target_hw):  # source and target pass together
         images *= 2
+    if device.type == "cuda":
+        images *= processes
     if images < 2:
         raise InputError(
             f"--batch {s.batch} in {processes} processes and --accumulate {parts} parts is one image a "
@@ -608,6 +611,10 @@ def memory_in_use(device: torch.device) -> float:
     """Peak memory in GB: of the device under CUDA, of the process otherwise."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

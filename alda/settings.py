@@ -768,7 +768,7 @@ def settings_resumed(given: dict) -> Settings | None:
             "'versions', or restore the file"
         )
     # said each time: what is right is taken once, not in every round that follows
-    return Settings(**{**kept, "accept_partial": False, **given})
+    return Settings(**{**kept, "accept_partial": False, "out": str(config.parent), **given})
 
 
 def poly_length(s: Settings) -> int:

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from alda import InputError
+from alda import InputError, escape_output
 from alda.datasets import CLASSES
 
 VERSION = 1  # raise it when the same seed gives other files
@@ -964,4 +964,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    escape_output()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

@@ -530,7 +530,7 @@ def test_imagenet_weights_fill_the_backbone_or_name_the_missing_file(monkeypatch
     )
 
 
-def test_own_layout_round_trip(tmp_path):
+def test_own_layout_round_trip(tmp_path, capsys):
     torch.manual_seed(0)
     student, teacher, model = (DeepLabV2(5, "resnet18", "live", representation=8) for _ in range(3))
     student.backbone.bn1.num_batches_tracked += 3
@@ -538,6 +538,8 @@ def test_own_layout_round_trip(tmp_path):
     torch.save({"model": student.state_dict(), "teacher": teacher.state_dict(), "step": 7}, path)
     for which, saved in (("model", student), ("teacher", teacher)):
         assert load_checkpoint(model, path, which) == "alda"
+        said = "holds a student and its teacher: the student is taken"
+        assert (said in capsys.readouterr().out) == (which == "model")
         assert all(
             torch.equal(value, saved.state_dict()[name])
             for name, value in model.state_dict().items()

@@ -563,7 +563,18 @@ def test_a_single_image_under_live_batch_norm_is_refused(words, images):
     s = settings.settings_for({"strategy": strategy, "root": "toy", **sizes, **given})
     network = {"net": s.net, "batch_norm": "live" if s.batch_norm == "auto" else s.batch_norm}
     with pytest.raises(InputError, match="one image a pass") if images == 1 else nullcontext():
-        alda_run.check_images_a_pass(s, network)
+        alda_run.check_images_a_pass(s, network, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "right"), [("cpu", 4, False), ("cuda", 4, True), ("cuda", 1, True)]
+)
+def test_batch_norm_of_gpus_sees_the_images_of_all_processes(device, processes, right, monkeypatch):
+    monkeypatch.setattr(alda_run, "rank_and_world", lambda: (0, processes))
+    s = settings.settings_for({"strategy": "stal"})  # 4 images a step
+    network = {"net": "deeplabv3plus", "batch_norm": "live"}
+    with nullcontext() if right else pytest.raises(InputError, match="one image a pass"):
+        alda_run.check_images_a_pass(s, network, torch.device(device))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Wrong input is told in one line; the command line says what it does; the README's code runs."""
 
+import dataclasses
 import json
 import os
 import re
@@ -463,6 +464,23 @@ def test_a_lock_file_that_a_failed_start_removed_locks_nothing(tmp_path, monkeyp
     with pytest.raises(InputError, match="removed or replaced meanwhile"), run.locked(tmp_path):
         raise AssertionError("it holds a lock that the next start does not see")
     assert not run.HELD
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = Path("runs/ripu-gta5-cityscapes-0")  # where --resume looks without --out
+    found.mkdir(parents=True)
+    kept = dataclasses.asdict(settings.settings_for({"strategy": "ripu", "out": "elsewhere"}))
+    (found / "config.json").write_text(json.dumps({"settings": kept}))
+    assert run_folder(settings.settings_resumed({"resume": True})) == found
+
+
+def test_a_folder_that_the_terminal_has_no_letters_for(tmp_path):
+    command = [sys.executable, "-m", "alda.datasets", "check", str(tmp_path / "straße")]
+    (tmp_path / "straße/gta5").mkdir(parents=True)
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert "Traceback" not in done.stderr and "stra\\xdfe" in done.stdout
 
 
 def test_a_resume_without_a_run_starts_nothing(tmp_path, capsys, monkeypatch):

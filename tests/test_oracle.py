@@ -89,6 +89,18 @@ def same_rounds(a, b):
         assert mine == theirs
 
 
+def test_an_answered_round_never_replaces_another(tmp_path):
+    """A round was removed and asked again: what people wrote for the first stays."""
+    (tmp_path / "rounds/01").mkdir(parents=True)  # it stands
+    for text in ("first", "second", "third"):
+        (tmp_path / "rounds/01.open").mkdir()
+        (tmp_path / "rounds/01.open/answers").write_text(text)
+        oracle.set_aside(tmp_path)
+    names = ("01.answered", "01.answered-2", "01.answered-3")
+    texts = [(tmp_path / "rounds" / name / "answers").read_text() for name in names]
+    assert texts == ["first", "second", "third"]
+
+
 @pytest.mark.parametrize(
     "options,kind",
     [(PIXELS, "labelme"), (REGIONS, "labelme"), (IMAGES, "ids"), (SPREAD, "train ids")],
@@ -376,6 +388,20 @@ def test_polygons_hold_the_pixels_whose_centres_they_hold():
         *[[False, False, True, True, True, False]] * 2,
         [False] * 6,
     ]
+
+
+def test_circles_and_points_hold_pixels_inside_the_image_alone():
+    """Against one pixel at a time."""
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        (x, y), (x1, y1) = points = rng.uniform(-4, 24, (2, 2))
+        circle, point = np.zeros((2, 17, 21), bool)
+        for row, col in np.ndindex(circle.shape):
+            circle[row, col] = np.hypot(col + 0.5 - x, row + 0.5 - y) <= np.hypot(x1 - x, y1 - y)
+            point[row, col] = col <= x < col + 1 and row <= y < row + 1
+        for kind, count, slow in (("circle", 2, circle), ("point", 1, point)):
+            shape = {"shape_type": kind, "points": points[:count].tolist()}
+            assert (oracle.shape_mask(shape, (17, 21)) == slow).all()
 
 
 def test_labelme_shapes_and_their_order(tmp_path):
