@@ -315,9 +315,11 @@ def class_contrast(
     """
     anchors = F.normalize(anchors, dim=-1)
     with torch.no_grad():
-        positive, negatives = F.normalize(positive, dim=-1), F.normalize(negatives.float(), dim=-1)
+        positive, negatives = F.normalize(positive, dim=-1), negatives.float()
+        lengths = torch.linalg.vector_norm(negatives, dim=-1).clamp(min=1e-12)  # (A,M)
     to_positive = anchors @ positive  # (A,K) @ (K,) -> (A,)
-    to_negatives = torch.einsum("ak,amk->am", anchors, negatives)
+    # divided afterwards: normalised negatives would be one more (A,M,K)
+    to_negatives = torch.einsum("ak,amk->am", anchors, negatives) / lengths
     similarity = torch.cat([to_positive[:, None], to_negatives], 1) / temperature  # (A,1+M)
     # STAL Eq. (4): mean_a -log( e^s_a+ / (e^s_a+ + sum_m e^s_am) )
     return (similarity.logsumexp(1) - similarity[:, 0]).mean()
@@ -404,8 +406,11 @@ def contrastive(
         chosen = features[at // pixels, :, at % pixels]  # (N,K,hw) -> (C,A,K)
         present = members.any(1)
         valid = pool.any(1) & (bank.count > 0) & (present.sum() > 1)
-        losses = []
+        # on a CPU looking is free: classes that are not there need not be computed
+        there = valid.tolist() if features.is_cpu else [True] * number
+        losses = [chosen[c].sum() * 0 for c in range(number)]
         for c in range(number):
-            negatives = bank.draw(c, v[c])  # (A,M,K)
-            losses.append(class_contrast(chosen[c], centres[c], negatives, temperature))
+            if there[c]:
+                negatives = bank.draw(c, v[c])  # (A,M,K)
+                losses[c] = class_contrast(chosen[c], centres[c], negatives, temperature)
         return (torch.stack(losses) * valid).sum() / present.sum().clamp(min=1)
