@@ -659,9 +659,9 @@ def load_checkpoint(model, path, which="model"):
     "crst"         one flat state dict with layer5.conv2d_list
     "torchvision"  one flat state dict of a classification network (own ImageNet file): fills the backbone only
 
-    `which` is "model" or "teacher", for layouts that hold both. Names may carry "module.". Only
-    tensors and plain values are unpickled (weights_only=True, and NumPy scalars, which official
-    files hold as scores). Strict: raises InputError that lists the missing, unexpected and
+    `which` is "model" or "teacher", for layouts that hold both; a line says that a teacher is left
+    out. Names may carry "module.". Only tensors and plain values are unpickled (weights_only=True, and
+    NumPy scalars, which official files hold as scores). Strict: raises InputError that lists the missing, unexpected and
     mis-shaped names, and changes nothing, when the file does not fit; only `num_batches_tracked`
     may be missing or too many, so files pass between frozen and live batch norm. A representation
     or auxiliary head of which the file holds nothing stays as it is, one that the network has not is

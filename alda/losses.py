@@ -408,9 +408,11 @@ def contrastive(
         valid = pool.any(1) & (bank.count > 0) & (present.sum() > 1)
         # on a CPU looking is free: classes that are not there need not be computed
         there = valid.tolist() if features.is_cpu else [True] * number
-        losses = [chosen[c].sum() * 0 for c in range(number)]
+        losses = []
         for c in range(number):
             if there[c]:
                 negatives = bank.draw(c, v[c])  # (A,M,K)
-                losses[c] = class_contrast(chosen[c], centres[c], negatives, temperature)
+                losses.append(class_contrast(chosen[c], centres[c], negatives, temperature))
+            else:
+                losses.append(chosen[c].sum() * 0)
         return (torch.stack(losses) * valid).sum() / present.sum().clamp(min=1)

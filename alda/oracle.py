@@ -308,7 +308,8 @@ def merge(s, rounds: Rounds, number: int, folder: Path, record: dict, files: dic
 
 
 def set_aside(out: Path) -> None:
-    """Renames the folders of rounds that stand from NN.open to NN.answered."""
+    """Renames the folders of rounds that stand from NN.open to NN.answered, or NN.answered-2 and so on
+    where that is there."""
     rounds = Rounds(out / "rounds")
     for number in range(1, rounds.complete() + 1):
         folder = open_folder(rounds, number)
@@ -465,6 +466,7 @@ def shape_mask(shape: dict, size: tuple[int, int]) -> np.ndarray:
         return polygon_mask(points, size)
     x, y = points[0]
     radius = np.hypot(*(points[1] - points[0])) if kind == "circle" else 0.0
+    # only the rows and columns that it can reach: all of a point, the square around a circle
     edges = [y - radius, y + radius + 1, x - radius, x + radius + 1]
     limits = [size[0], size[0], size[1], size[1]]
     top, bottom, left, right = np.clip(np.floor(edges), 0, limits).astype(int)

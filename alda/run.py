@@ -608,7 +608,8 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def memory_in_use(device: torch.device) -> float:
-    """Peak memory in GB: of the device under CUDA, of the process otherwise."""
+    """Peak memory in GB: of the device under CUDA, of the process otherwise; NaN where the system does
+    not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:

@@ -365,10 +365,8 @@ def test_source_only_is_trained_as_ripus_source_network():
     [
         ({"strategy": "ripu"}, 0.022),
         ({"strategy": "ripu", "net": "deeplabv3plus"}, 0.05),
-        (
-            {"strategy": "random", "net": "deeplabv3plus"},
-            0.05,
-        ),  # as many as what it is compared with
+        # as many as what it is compared with
+        ({"strategy": "random", "net": "deeplabv3plus"}, 0.05),
         ({"strategy": "cbda"}, 0.05),
         ({"strategy": "ripu", "net": "deeplabv3plus", "budget": 0.01}, 0.01),
         ({"strategy": "ripu", "root": "toy", "net": "deeplabv3plus"}, 0.022),
