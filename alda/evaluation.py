@@ -804,8 +804,8 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on every GPU
-    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
-        raise InputError(f"device {name!r}: expected auto, cpu, cuda, cuda:N or mps")
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise InputError(f"device {name!r}: expected auto, cpu, cuda or cuda:N")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -745,6 +745,7 @@ def test_regions_due_follow_the_paper_and_never_pass_the_budget():
         ({"strategy": "cbst", "batch_norm": "frozen"}, "frozen"),
         ({"root": "/nowhere"}, "no gta5 images"),
         ({"device": "cuda:99"}, "cannot be used"),
+        ({"device": "mps"}, "expected auto, cpu, cuda or cuda:N"),
     ],
 )
 def test_user_mistakes_are_one_line_and_status_2(changes, message, tiny_world, tmp_path, capsys):
