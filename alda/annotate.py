@@ -267,8 +267,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, round_: OpenRound, port: int = 0):
         super().__init__(("127.0.0.1", port), Handler)
         self.round, self.token = round_, secrets.token_urlsafe(18)
-        self.hosts = [f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")]
-        self.address = f"http://{self.hosts[0]}/{self.token}/"
+        self.address = f"http://127.0.0.1:{self.server_port}/{self.token}/"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -308,8 +307,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def asked(self) -> str:
         """What follows the token in the address. Raises Refused for another machine's name, and for
-        another token."""
-        if self.headers.get("Host") not in self.server.hosts:
+        another token. The port may be another one: of the near end of an ssh tunnel."""
+        host = self.headers.get("Host") or ""
+        if not re.fullmatch(r"(127\.0\.0\.1|localhost)(:[0-9]{1,5})?", host):
             raise Refused(403, "only this machine")
         own = f"/{self.server.token}/"
         if not secrets.compare_digest(self.path[: len(own)].encode(), own.encode()):
@@ -360,7 +360,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "run", metavar="RUN", type=Path, help="the run's folder (--out of alda.loop)"
     )
-    parser.add_argument("--port", type=int, default=0, help="[0: a free one]")
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=0,
+        help="[0: a free one]; from elsewhere: ssh -L PORT:127.0.0.1:PORT",
+    )
     parser.add_argument("--root", type=Path, help="the data's folder [where the run found it]")
     args = parser.parse_args(argv)
     try:

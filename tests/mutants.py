@@ -168,7 +168,7 @@ oracle | oracle | "unknown" is road
 -        return IGNORE
 +        return 0
 annotate | annotate | every name of this machine may be asked for
--if self.headers.get("Host") not in self.server.hosts:
+-if not re.fullmatch(r"(127\.0\.0\.1|localhost)(:[0-9]{1,5})?", host):
 +if False:
 annotate | annotate | every token will do
 -if not secrets.compare_digest(self.path[: len(own)].encode(), own.encode()):

@@ -64,7 +64,10 @@ def request(server, method, path, body=None, **headers):
     """(status, bytes) of a request as it stands, no part of it corrected on the way."""
     link = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
     link.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
-    given = {"Host": server.hosts[0], **{k.replace("_", "-"): v for k, v in headers.items()}}
+    given = {
+        "Host": f"localhost:{server.server_port}",
+        **{k.replace("_", "-"): v for k, v in headers.items()},
+    }
     if body is not None:
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         given = {"Content-Type": "application/json", "Content-Length": str(len(body)), **given}
@@ -137,10 +140,21 @@ def test_who_may_ask(serve):
     server = serve("pixel")
     own = f"/{server.token}/"
     port = server.server_port
-    for host in (f"example.com:{port}", "127.0.0.1", f"127.0.0.1:{port + 1}", "", f"[::1]:{port}"):
+    for host in (
+        f"example.com:{port}",
+        "127.0.0.1.example.com",
+        "localhost:x",
+        "",
+        f"[::1]:{port}",
+    ):
         assert request(server, "GET", own, Host=host)[0] == 403, host
         assert post(server, {"image": 0}, Host=host)[0] == 403
-    assert request(server, "GET", own, Host=f"localhost:{port}")[0] == 200
+    for host in (
+        f"localhost:{port}",
+        f"127.0.0.1:{port + 1}",
+        "127.0.0.1",
+    ):  # the last two: a tunnel
+        assert request(server, "GET", own, Host=host)[0] == 200, host
     other = "A" + server.token[1:] if server.token[0] != "A" else "B" + server.token[1:]
     for path in ("/", "", "x", f"/{other}/", f"/{server.token}", f"/{server.token[:-1]}/"):
         assert request(server, "GET", path or "*")[0] == 404, path
@@ -539,6 +553,85 @@ def test_the_page_by_keyboard(browser, serve, tiny_world):
     browser.press("r")
     browser.until("document.querySelector('#message').textContent.includes('NOT SAVED')")
     assert browser.shown()["at"] == "1" and server.round.state(0)["picks"] == ["bus", None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pixel", "region", "image"])
+def test_no_answer_to_a_photograph_that_is_not_there(kind, browser, serve, monkeypatch):
+    """Neither while it is on its way nor when it cannot be read; once it is there answers are taken."""
+    there, read = threading.Event(), annotate.OpenRound.photograph
+
+    def slow(round_, index):
+        assert there.wait(60)
+        return read(round_, index)
+
+    def gone(round_, index):
+        raise annotate.InputError("gone")
+
+    server = serve(kind)
+    before = server.round.state(0)
+    for photograph in (gone, slow):
+        monkeypatch.setattr(annotate.OpenRound, "photograph", photograph)
+        browser.open(server.address)
+        browser.until("document.body.dataset.drawn === 'false'")
+        for key in "c", "d", " ", "\ue007", "c":
+            browser.press(key)
+        browser.run("document.querySelector('button').click()")
+        browser.run("document.querySelector('#photograph').click()")
+        assert browser.shown()["drawn"] == "false" and browser.shown()["at"] == "0"
+        assert server.round.state(0) == before and not server.round.path(0).exists()
+        wrong = browser.run("return document.querySelector('#message').className")
+        assert wrong == "wrong", photograph
+    there.set()
+    browser.until("document.body.dataset.drawn === 'true'")
+    assert browser.run("return document.querySelector('#message').textContent") == ""
+    for _ in range(3):
+        browser.press(" ")
+    browser.press("c")
+    browser.until("document.querySelector('#message').textContent === 'saved: car'")
+
+
+@pytest.mark.slow
+def test_a_key_that_is_held_answers_once(browser, serve):
+    server = serve("pixel")
+    browser.open(server.address)
+    browser.until("document.body.dataset.drawn === 'true'")
+    held = "document.dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0], repeat: true}))"
+    browser.press("c")
+    browser.until("document.body.dataset.left === '11'")
+    for key in "c", "z", "Backspace", "n":
+        browser.run(held, key)
+    browser.run(held, "ArrowRight")
+    assert browser.shown()["at"] == "2"
+    assert server.round.state(0)["picks"] == ["car", None] and browser.shown()["left"] == "11"
+
+
+@pytest.mark.slow
+def test_an_answer_that_was_not_taken_back_can_be(browser, serve, monkeypatch):
+    """An undo that the server refuses, or that comes while an answer is being saved, is no undo."""
+    server, answer = serve("pixel"), annotate.OpenRound.answer
+    browser.open(server.address)
+    browser.until("document.body.dataset.drawn === 'true'")
+    for left in ("11", "10"):
+        browser.press("c")
+        browser.until("document.body.dataset.left === arguments[0]", left)
+
+    def full(round_, message):
+        raise annotate.InputError("the disk is full")
+
+    monkeypatch.setattr(annotate.OpenRound, "answer", full)
+    browser.press("z")
+    browser.until("document.querySelector('#message').textContent.includes('disk is full')")
+    there = threading.Event()
+    monkeypatch.setattr(annotate.OpenRound, "answer", lambda *a: there.wait(60) and answer(*a))
+    browser.press("z")
+    browser.press("z")  # the first is not saved yet
+    browser.until("document.querySelector('#message').textContent.includes('still being saved')")
+    there.set()
+    browser.until("document.body.dataset.left === '11'")
+    assert server.round.state(0)["picks"] == ["car", None]
+    browser.press("z")
+    browser.until("document.body.dataset.left === '12'")
 
 
 @pytest.mark.slow
