@@ -329,12 +329,12 @@ def region_area(shape: tuple[int, int], k: int, device: torch.device | str = "cp
 
 def region_mean(values: torch.Tensor, k: int) -> torch.Tensor:
     """Mean of `values` over N_k(i), the region cut at the border: (H,W) or (N,H,W) -> the same
-    shape."""
-    return box_sum(values, k) / region_area(values.shape, k, values.device)
+    shape, float32."""
+    return box_sum(values.float(), k) / region_area(values.shape, k, values.device)
 
 
 def paint(centres: torch.Tensor, radius: int, shape: tuple[int, int]) -> torch.Tensor:
-    """The pixels within `radius` (square, cut at the border) of any centre: (n,2) int64 -> (H,W)
+    """The pixels within `radius` (square, cut at the border) of any centre: (n,2) integer -> (H,W)
     bool, centres' device. Raises ValueError for centres of another kind, or outside."""
     height, width = shape
     check_tensor(centres, "centres")
@@ -342,11 +342,11 @@ def paint(centres: torch.Tensor, radius: int, shape: tuple[int, int]) -> torch.T
         raise ValueError(
             f"centres must be integers (n,2), got {centres.dtype} {tuple(centres.shape)}"
         )
-    rows, columns = centres.unbind(1)
+    rows, columns = centres.long().unbind(1)
     if bool(((rows < 0) | (rows >= height) | (columns < 0) | (columns >= width)).any()):
         raise ValueError(f"a centre lies outside the {height}x{width} image")
     mask = torch.zeros(tuple(shape), dtype=torch.uint8, device=centres.device)
-    mask[centres[:, 0], centres[:, 1]] = 1
+    mask[rows, columns] = 1
     return dilate(mask.bool(), radius)
 
 

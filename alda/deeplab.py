@@ -646,7 +646,8 @@ def network_in(content, path):
     others (RIPU's network is `build`'s default). Raises InputError."""
     layout = layout_of(content, path)
     if layout == "alda":
-        return content.get("network") or {}
+        said = content.get("network")
+        return said if isinstance(said, dict) else {}  # of another program: "resnet18", say
     return OFFICIAL_NETWORKS.get(layout, {})
 
 

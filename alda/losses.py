@@ -27,7 +27,8 @@ Differences from papers and official code:
  D15. Contrastive negatives (STAL Eq. 4): labelled ones must be c and not c in the code (none),
       unlabelled ones pseudo-labelled c and ranking c low (nearly none). Here a labelled pixel of
       another class with c among its top 3, and any unreliable unlabelled pixel that ranks c 4th or
-      later; the code also asks for a pseudo-label there.
+      later; the code also asks for a pseudo-label there. A step adds at most 1,024 of them a class to
+      the bank, evenly spread over the pixels, where the code adds all that the bank holds.
  D16. Classes of the contrastive loss: in the code an absent class shifts the others' index, and all
       images' labels land in the first (label_onehot). Here each class and image has its own.
 """
@@ -54,10 +55,10 @@ def check_batch(logits: torch.Tensor, labels: torch.Tensor) -> None:
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean of -log p_label over the labelled pixels; 0 where no pixel has a label: logits (N,C,H,W)
-    float, labels (N,H,W) integer -> scalar. Raises ValueError for other shapes."""
+    float, labels (N,H,W) integer -> scalar float32. Raises ValueError for other shapes."""
     check_batch(logits, labels)
     # RIPU Eq. (6): L_CE = -1 / n sum_i log p_i[y_i] over the n labelled pixels
-    total = F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="sum")
+    total = F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORE, reduction="sum")
     return total / mean_count(labels != IGNORE)
 
 

@@ -442,7 +442,8 @@ def reliable_pseudo_labels(
     (N,H,W) uint8.
 
     STAL Eqs. (5)-(7): label i is argmax_c p_c where H_i < gamma_t, else ignored; gamma_t is the 100
-    (1 - drop)-th percentile of H over the batch. `rules="code"`: the official code takes the 100
+    (1 - drop)-th percentile of H over the batch (under torchrun over each process's own images).
+    `rules="code"`: the official code takes the 100
     drop-th percentile and ignores H_i < gamma_t, the most confident pixels. drop=0 labels every
     pixel. `counts` (H,W) or (N,H,W) bool: pixels outside (a crop's padding) are ignored and not
     counted. Raises ValueError for a share outside [0,1] or other rules. That `prob` sums to 1 is not

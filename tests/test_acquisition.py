@@ -250,6 +250,25 @@ def test_selection_refuses_what_it_cannot_mean():
     assert len(A.select_regions(torch.full((3, 4), math.nan), 2, 1)) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_region_mean_of_half_precision_sums_in_float32(dtype):
+    values = torch.rand(80, 90, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found, k = A.region_uncertainty(values, 32), 32
+    expected = values[40 - k : 41 + k, 45 - k : 46 + k].double().mean().item()
+    print(f"{dtype}: gap {abs(found[40, 45].item() - expected):.1e}")
+    assert found.dtype == torch.float32 and found[40, 45].item() == pytest.approx(
+        expected, abs=1e-6
+    )
+
+
+def test_paint_takes_integers_of_every_width():
+    expected = A.paint(torch.tensor([[0, 0], [4, 5]]), 1, (5, 6))
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        assert torch.equal(
+            A.paint(torch.tensor([[0, 0], [4, 5]], dtype=dtype), 1, (5, 6)), expected
+        )
+
+
 def test_paint_cuts_at_the_border():
     mask = A.paint(torch.tensor([[0, 0], [4, 5]]), 1, (5, 6))
     assert mask.nonzero().tolist() == [

@@ -193,6 +193,15 @@ def test_crst_logits(arguments, tmp_path):
         assert_close(model(images), arrays["logits"])
 
 
+def test_a_network_that_another_program_names_is_not_read(tmp_path):
+    path = tmp_path / "theirs.pt"
+    torch.save({"model": {"conv.weight": torch.zeros(1)}, "network": "resnet18"}, path)
+    network = network_of(settings_for({"strategy": "ripu", "init": str(path)}))
+    assert network["backbone"] == "resnet101"  # the settings' own
+    with pytest.raises(InputError, match="missing"):
+        load_checkpoint(build("deeplabv2", "resnet18", batch_norm="live", init="none"), path)
+
+
 def test_an_official_file_brings_its_network(tmp_path, capsys):
     """--init, `evaluation score` and what goes on from there: strides, stem and batch norm are the
     file's, which names and shapes do not show."""

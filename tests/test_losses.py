@@ -53,6 +53,17 @@ def test_kl_has_a_gradient_where_a_class_has_probability_0():
     assert loss.item() == pytest.approx(0, abs=2e-6) and torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cross_entropy_of_half_precision_sums_in_float32(dtype):
+    """51,200 pixels: their sum is beyond float16, and in bfloat16 a step of it is 1,024."""
+    logits = 3 * torch.randn(2, 19, 160, 160, generator=torch.Generator().manual_seed(0))
+    logits, labels = logits.to(dtype), torch.zeros(2, 160, 160, dtype=torch.uint8)
+    loss = L.cross_entropy(logits, labels)
+    expected = -logits.double().log_softmax(1)[:, 0].mean()
+    assert loss.dtype == torch.float32
+    close(loss, expected, 2e-6, f"cross-entropy of {dtype}")
+
+
 def test_negative_learning_equals_the_recorded_official_one(golden, inputs):
     logits, _ = inputs
     loss = L.negative_learning(logits.softmax(1))
