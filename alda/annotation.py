@@ -20,6 +20,7 @@ import math
 import os
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,7 @@ class Rounds:
         return self.folder / f"{number:02d}"
 
     def new(self, number: int) -> "NewRound":
-        return NewRound(self.path(number), self.names)
+        return NewRound(self.path(number), self.names, partial(self.labels, upto=number - 1))
 
     def record(self, number: int) -> dict:
         """The ledger of round `number`: its round.json but for the sums of its files."""
@@ -205,8 +206,9 @@ class NewRound:
     """A round of queries being written: a context manager that completes the folder when every
     image is in it."""
 
-    def __init__(self, path: Path, names: tuple[str, ...] = NAMES):
+    def __init__(self, path: Path, names: tuple[str, ...] = NAMES, earlier=None):
         self.path, self.names = path, names
+        self.earlier = earlier  # (image's id, (H,W)) -> the labels of earlier rounds, (H,W) uint8
         self.images: dict[str, dict] = {}
         self.classes = np.zeros(len(names), np.int64)
         self.lock = threading.Lock()  # `add` may be called by several threads
@@ -247,7 +249,11 @@ class NewRound:
         counts = torch.bincount(answers.flatten().long(), minlength=256)[: len(self.names)].numpy()
         with self.lock:
             self.classes += counts
-        trained = int((resize_labels(answers, training_size, keep_labels) != IGNORE).sum())
+        cells = resize_labels(answers, training_size, keep_labels) != IGNORE
+        if keep_labels and self.earlier:  # a cell may hold pixels of several rounds; it trains once
+            before = self.earlier(image_id, tuple(answers.shape))
+            cells &= resize_labels(before, training_size, True) == IGNORE
+        trained = int(cells.sum())
         self.images[image_id] = {
             "asked": int(asked.sum()),
             "labelled": labelled,
@@ -272,7 +278,8 @@ class NewRound:
             "asked": asked,  # pixels
             "labelled": labelled,  # of those, pixels with a class
             "ignored": asked - labelled,  # of those, pixels that the truth leaves out
-            "trained": total["trained"],  # labelled cells after resizing to the training size
+            # cells with a label after resizing to the training size, and none of earlier rounds
+            "trained": total["trained"],
             "regions": total["regions"],  # picks
             "classes": dict(zip(self.names, self.classes.tolist(), strict=True)),
             **self.notes,
@@ -316,7 +323,7 @@ PEOPLE = ("answers", "corrections", "seconds")  # of the images that people answ
 def ledger(records: list[dict]) -> dict:
     """Sums over rounds: asked, labelled, ignored and trained pixels, regions, labelled pixels per
     class and their entropy (over log C), how many images were asked; and where people answered,
-    their answers, corrections and seconds."""
+    their answers, corrections, seconds, and how many answers were timed."""
     total = {key: sum(r[key] for r in records) for key in LEDGER}
     total["images"] = len({image for r in records for image in r["images"]})
     rows = [row for r in records for row in r["images"].values()]
@@ -324,6 +331,9 @@ def ledger(records: list[dict]) -> dict:
     for key in PEOPLE:  # None: nobody measured how long it took
         known = [row[key] for row in rows if row.get(key) is not None]
         total |= {key: sum(known)} if known else {}
+    # "seconds" is that of so many answers
+    timed = [row["answers"] for row in rows if row.get("seconds") is not None]
+    total |= {"timed": sum(timed)} if timed else {}
     names = list(records[0]["classes"]) if records else NAMES
     total["classes"] = {name: sum(r["classes"][name] for r in records) for name in names}
     share = torch.tensor([*total["classes"].values()]).double() / max(1, total["labelled"])

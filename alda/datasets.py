@@ -968,7 +968,7 @@ def mix_seed(*parts: int) -> int:
     words = [int(p) for p in parts]
     if any(not 0 <= p < 2**32 for p in words):
         words = [int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:20], "little")]
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
 
 
 class EndlessSampler(Sampler):
@@ -1093,19 +1093,27 @@ def check(root: str | Path) -> tuple[list[str], int]:
 def check_split(name: str, root: Path, split: str) -> tuple[list[str], list[str], int]:
     """(what is found, what is wrong, images) in one split of a dataset, see `check`."""
     images, labels = (f"{name}/{part.replace('SPLIT', split)}" for part in LAYOUTS[name][:2])
-    wrong = []
+    wrong, rows = [], []
     try:
-        rows = _LISTS[name](root / name, split)
+        listed = _LISTS[name](root / name, split)
         others = _other_pictures(root / name, split)
         if others:
             text = f"{len(others)} pictures are not read, {others[0]}: expected {images}"
             wrong.append(f"{text} (or .jpg, .jpeg)")
-        if not rows:
+        if not listed:
             return [f"no images; expected {images} (or .jpg, .jpeg)"], wrong, 0
+        for row in listed:
+            try:
+                _header_size(row[1])
+                rows.append(row)
+            except InputError as error:  # goes on: one check names them all
+                wrong.append(str(error))
+        if not rows:
+            return [], wrong, len(listed)
         space = "synthia" if name == "synthia" else "cityscapes"
         data = SegmentationDataset(name, _same_size_only(rows, False), space, False)
     except InputError as error:
-        return [], [str(error)], 0
+        return [], [*wrong, str(error)], len(rows)
     labelled = [i for i, sample in enumerate(data.samples) if sample.label is not None]
     there = sum(row[2] is not None and row[2].is_file() for row in rows)
     if there > len(labelled):
@@ -1125,7 +1133,7 @@ def check_split(name: str, root: Path, split: str) -> tuple[list[str], list[str]
     if there < len(data) and split != "test":
         lack = f"{len(data) - there} images have no label {labels}"
         (found if free else wrong).append(lack + f": run {_NO_LABELS}" * free)
-    return found, wrong + broken, len(data)
+    return found, wrong + broken, len(listed)
 
 
 def read_all(data: SegmentationDataset) -> tuple[str, list[str]]:
@@ -1177,4 +1185,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

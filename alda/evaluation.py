@@ -326,7 +326,7 @@ def comparison(runs: list[str], mixed: bool = False) -> list[dict]:
     Raises InputError for a run that has no result, and, unless `mixed`, for runs that were not
     tested alike: another protocol, target dataset or number of images or classes.
     """
-    rows = []
+    rows, seeds = [], {}
     for run in runs:
         path = Path(run) / "result.json"
         s = run_settings(run)
@@ -335,6 +335,13 @@ def comparison(runs: list[str], mixed: bool = False) -> list[dict]:
                 hint = "give folders of finished runs (--out of alda.loop)"
                 raise InputError(f"{run}: holds no {name}; {hint}")
         rows.append(comparison_row(str(run), checked_result(path), s))
+        seeds.setdefault(recipe(s, own_start=False), set()).add(s["seed"])
+    for row, run in zip(rows, runs, strict=True):
+        shared = recipe(run_settings(run), own_start=False)
+        if (
+            len(seeds[shared]) > 1
+        ):  # several seeds from one file: a number in its path is not theirs
+            row["recipe"] = shared
     for key in ("protocol", "tested on"):
         kinds = sorted({row[key] for row in rows})
         if len(kinds) > 1 and not mixed:
@@ -423,15 +430,15 @@ def comparison_row(run: str, result: dict, s: dict) -> dict:
     }
 
 
-def recipe(s: dict) -> str:
+def recipe(s: dict, own_start: bool = True) -> str:
     """Eight letters that two runs share exactly when their settings are equal in everything but the
     seed and what changes no result; a start (--init FILE, --source-free FILE) counts without the seed
-    in its path."""
+    in its path where each seed has its `own_start`."""
     without = (*MAY_CHANGE, "seed", "eval_every", "checkpoint_every")
     kept = {name: value for name, value in s.items() if name not in without}
     # a number of its own, not in gta5 or mobilenet_v2; of several the last: exp1/source-1/last.pt
     seed = rf"(?<!\d)(?<!gta)(?<!v){s['seed']}(?!\d)"
-    for name in {"init", "source_free"} & kept.keys():
+    for name in {"init", "source_free"} & kept.keys() if own_start else ():
         kept[name] = re.sub(rf"(.*){seed}", r"\1SEED", str(kept[name]), count=1)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -817,4 +824,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

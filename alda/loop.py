@@ -173,8 +173,9 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
     for step in range(start, s.steps):
         number, guess = bisect_right(schedule, step), bisect_right(guesses, step)
         bought = partial(bought_labels, target, rounds, number)
-        if step in schedule and first_says(rounds.complete() < number):
+        if step in schedule:
             note_before(s, run, teacher or run.model, validation, step)
+        if step in schedule and first_says(rounds.complete() < number):
             run.save(step)
             ask_pixels(s, run, target, rounds, number)
         if step in guesses and first_says(pseudo.complete() < guess):
@@ -341,8 +342,9 @@ def train_cbst(s: Settings, out: Path, device: torch.device) -> dict:
     for step in range(start, s.steps):
         number = bisect_right(starts, step)
         local = step - starts[number - 1]
-        if local == 0 and first_says(rounds.complete() < number):
+        if local == 0:
             note_before(s, run, run.model, validation, step)
+        if local == 0 and first_says(rounds.complete() < number):
             run.save(step)
             if s.strategy == "cbst-sp" and prior is None:
                 prior = source_prior(s, source, device)
@@ -558,8 +560,9 @@ def draw_source_images(s: Settings, source) -> None:
 def score_loop(
     s: Settings, run: Run, teacher, target, rounds: Rounds, validation, number: int
 ) -> dict:
-    """The scores of teacher and student at the end of loop `number`, and what was asked so far."""
-    asked = ledger(records_of(rounds))
+    """The scores of teacher and student at the end of loop `number`, and what was asked so far (a loop
+    that is trained again, after a checkpoint was lost, may find a later round)."""
+    asked = ledger(records_of(rounds)[:number])
     share = asked["asked"] / target.pixels
     scores = final_scores(s, run, teacher, validation)
     return {"loop": number, "asked_images": asked["images"], "share": share, **scores}
@@ -589,14 +592,15 @@ def loop_batches(s: Settings, source, target, rounds: Rounds, number: int, step:
     """(labelled, pasted, unlabelled) batches of loop `number` from its step `step` on; None for
     those that no loss reads.
 
-    Labelled: all source images and the asked target images, these repeated to as many as stay
+    Labelled: all source images and the target images with labels, these repeated to as many as stay
     unlabelled (2,975 - n of Cityscapes), as in STAL's configurations. Pasted: images of the same
     list, at a scale of their own (0.1 to 2), to copy classes from. Unlabelled: the other target
     images, whose truth comes along for the log's accuracy and to know what is padding.
     """
-    asked = {image for n in range(1, number + 1) for image in rounds.record(n)["images"]}
-    known = [i for i, sample in enumerate(target.samples) if sample.id in asked]
-    unknown = [i for i, sample in enumerate(target.samples) if sample.id not in asked]
+    rows = [row for n in range(1, number + 1) for row in rounds.record(n)["images"].items()]
+    answered = {image for image, row in rows if row["labelled"]}  # not all: --accept-partial
+    known = [i for i, sample in enumerate(target.samples) if sample.id in answered]
+    unknown = [i for i, sample in enumerate(target.samples) if sample.id not in answered]
     bought, truth = partial(bought_labels, target, rounds, number), partial(truth_inside, target)
     seeds = [mix_seed(s.seed, stream, number) for stream in (21, 22, 23, 26, 27)]
     small = (0.1, 2.0)
@@ -607,7 +611,7 @@ def loop_batches(s: Settings, source, target, rounds: Rounds, number: int, step:
         TrainingView(source, transform_of(s, 1, scale=small), seeds[3]),
         TrainingView(target, transform_of(s, 2, scale=small), seeds[4], bought),
     ]
-    repeated = [known[i % len(known)] for i in range(len(unknown))]
+    repeated = [known[i % len(known)] for i in range(len(unknown))] if known else []
     entries = [(0, i) for i in range(len(source))] + [(1, i) for i in repeated]
     labelled = mixed_batches(s, views, entries, step, mix_seed(s.seed, 24, number))
     pasted = unlabelled = None

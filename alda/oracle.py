@@ -37,7 +37,7 @@ from alda.annotation import (
 )
 from alda.datasets import CLASSES, NAMES, NUM_CLASSES, misfits, read_json, read_label, write_atomic
 from alda.distributed import world_size
-from alda.pictures import NOW, class_picture, fit, marked
+from alda.pictures import NOW, class_picture, fit, marked, save_sheet, widened
 from alda.run import started_with
 
 # in a map of answers: nobody said anything; 255 is the answer "none of the classes"
@@ -285,12 +285,18 @@ def merge(s, rounds: Rounds, number: int, folder: Path, record: dict, files: dic
         if (folder / "picks").is_dir():
             shutil.copytree(folder / "picks", new.work / "picks")
         new.notes = {**record["notes"], "unanswered": unanswered}
+    pictures = folder.parent.parent / "pictures" / f"round-{number:02d}"
     if record["unit"] != "image":
         so_far = ledger([rounds.record(n + 1) for n in range(number)])["classes"]
-        path = folder.parent.parent / "pictures" / f"round-{number:02d}" / "classes.png"
-        class_picture(so_far, path, balanced="class_weights" in record["notes"])
+        class_picture(so_far, pictures / "classes.png", balanced="class_weights" in record["notes"])
+    for image_id, question in record["images"].items():
+        if (pictures / f"{image_id}.png").is_file():  # drawn when nobody had answered yet
+            labels = rounds.labels(image_id, tuple(question["size"]), number)
+            save_sheet({"answers so far": widened(labels)}, pictures / f"{image_id}_answers.png")
     done = ledger([rounds.record(number)])
-    minutes = f"{done['seconds'] / 60:.1f} min" if "seconds" in done else "time unknown"
+    minutes = "time unknown"
+    if "seconds" in done:
+        minutes = f"{done['seconds'] / 60:.1f} min for {done['timed']:,} of them"
     print(
         f"round {number}: people gave {done.get('answers', 0):,} answers "
         f"({done.get('corrections', 0):,} corrections, {minutes}) on {done['images']:,} images: "

@@ -463,8 +463,8 @@ def ask_images(
                 oracle = ground_truth(target, index)
                 answers = new.add(sample.id, everything, oracle, 1, s.target_hw, s.keep_labels)
                 if index in shown:
-                    panels = {**shown[index], "answers": answers}
-                    save_sheet(panels, folder / f"{sample.id}.png")
+                    panels = {} if s.oracle == "files" else {"answers": answers}
+                    save_sheet({**shown[index], **panels}, folder / f"{sample.id}.png")
             scores = {target.samples[i].id: score[i].item() for i in chosen}
             new.notes = {"quotas": quotas, "scores": scores}
         record = rounds.record(number)
@@ -481,7 +481,7 @@ def uncertainty_of_images(s: Settings, run: Run, teacher, target, left: list[int
     """(uncertainty of every image (N,) float64, 0 for those not `left`; panels of the most
     uncertain ones).
 
-    Collective under torchrun: each process scores its share."""
+    Collective under torchrun: each process scores its share, the first has the panels."""
     broadcast_buffers(teacher)
     score, shown = torch.zeros(len(target), dtype=torch.float64), {}
     for index, image, logits in over_target(s, run, target, logits_of, teacher, share(left)):
@@ -495,7 +495,9 @@ def uncertainty_of_images(s: Settings, run: Run, teacher, target, left: list[int
         shown[index] = {name: panel.cpu() for name, panel in panels.items()}
         if len(shown) > s.pictures:  # only the most uncertain ones are drawn
             del shown[min(shown, key=lambda i: score[i].item())]
-    return all_reduce(score.to(run.device)).cpu(), shown
+    score, shown = all_reduce(score.to(run.device)).cpu(), dict(gather_list([*shown.items()]))
+    order = sorted(shown, key=lambda i: score[i].item(), reverse=True)
+    return score, {index: shown[index] for index in order[: s.pictures]}
 
 
 def most_uncertain(target, left: list[int], score: torch.Tensor, count: int):

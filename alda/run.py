@@ -76,7 +76,11 @@ def batches(s, dataset: SegmentationDataset, step: int, stream: int, labels_of):
     sampler.position = step * s.batch
     transform, cache = transform_of(s, stream), None
     if s.cache and transform.size and transform.scale == (1.0, 1.0):
-        cache = ImageCache(Path(s.cache), dataset, transform.size, s.cache_gb * 1e9 / 2)
+        cache = ImageCache(Path(s.cache), dataset, transform.size, s.cache_gb * 1e9)
+        if cache.count < len(dataset):
+            say(
+                f"--cache-gb {s.cache_gb:g} holds {cache.count} of {len(dataset)} {dataset.name} images"
+            )
     view = TrainingView(dataset, transform, mix_seed(s.seed, stream, 1), labels_of, cache)
     return endless(s, view, sampler)
 

@@ -77,12 +77,17 @@ class Settings:
     cache: str = option(
         "",
         "run",
-        "DIR for decoded images at the training size, where none is scaled at random: 2.5 to 2.8 MB an "
-        "image at the defaults",
+        "DIR for decoded images at --source-size and --target-size, where none is scaled at random: 2.5 "
+        "to 2.8 MB an image at the defaults",
         read_by=SCHEDULED,
     )
     cache_gb: float = option(
-        100.0, "run", "most that --cache holds, in GB", low=0, high=1e6, read_by=SCHEDULED
+        100.0,
+        "run",
+        "most that --cache holds of the source, and of the target, in GB",
+        low=0,
+        high=1e6,
+        read_by=SCHEDULED,
     )
     threads: int = option(
         0, "run", "CPU threads of torch; 0 leaves torch's choice", low=0, high=4096
@@ -693,6 +698,8 @@ def without_effect(given: dict, s: Settings) -> list[str]:
         (stal and not s.contrast, {"bank", "contrast_start"}),
         (stal and not s.unlabelled, {"class_keep"}),
         (stal and none, {"cutmix", "drop"}),
+        (stal and s.ohem_threshold == 1, {"ohem_pixels"}),  # no pixel is sure enough to be left out
+        (stal and s.rounds == 1, {"restart", "image_queries"}),  # of later loops
         (stal and not adaptive, {"confidence_momentum"}),
         (s.strategy == "source-only", {"negative"}),
         (s.oracle == "ground-truth", {"accept_partial"}),

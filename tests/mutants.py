@@ -96,8 +96,8 @@ annotation | annotation parts | asked pixels without a truth are counted as labe
 -labelled = int((answers != IGNORE).sum())
 +labelled = int(asked.sum())
 annotation | annotation | `trained` counts pixels before resizing
--trained = int((resize_labels(answers, training_size, keep_labels) != IGNORE).sum())
-+trained = int((answers != IGNORE).sum())
+-cells = resize_labels(answers, training_size, keep_labels) != IGNORE
++cells = answers != IGNORE
 annotation | annotation | `trained` forgets --keep-labels
 -resize_labels(answers, training_size, keep_labels)
 +resize_labels(answers, training_size)
@@ -709,13 +709,13 @@ loop | uncertain loops run-stal | the student chooses the images
 -ask_images(s, run, state.teacher, target
 +ask_images(s, run, run.model, target
 loop | parts loops run-stal | a loop is labelled with the last round's images only
--for n in range(1, number + 1) for image in rounds.record(n)["images"]}
-+for n in range(number, number + 1) for image in rounds.record(n)["images"]}
+-rows = [row for n in range(1, number + 1) for row in rounds.record(n)["images"].items()]
++rows = [row for n in range(number, number + 1) for row in rounds.record(n)["images"].items()]
 loop | parts | labelled target images have no label
 -bought, truth = partial(bought_labels, target, rounds, number),
 +bought, truth = partial(bought_labels, target, rounds, number - 1),
 loop | parts | labelled images are unlabelled, too
--enumerate(target.samples) if sample.id not in asked]
+-enumerate(target.samples) if sample.id not in answered]
 +enumerate(target.samples)]
 loop | parts | asked images are not repeated
 -repeated = [known[i % len(known)] for i in range(len(unknown))]
@@ -928,7 +928,7 @@ acquisition | acquisition | impurity plus uncertainty
 -return impurity * uncertainty, impurity, uncertainty
 +return impurity + uncertainty, impurity, uncertainty
 acquisition | acquisition | regions at the border are divided by the whole square
--return box_sum(values, k) / region_area(values.shape, k, values.device)
+-return box_sum(values.float(), k) / region_area(values.shape, k, values.device)
 +return box_sum(values, k) / (2 * k + 1) ** 2
 acquisition | parts | of equal scores the least uncertain wins
 -*(-ties[::-1, chosen])

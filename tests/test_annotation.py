@@ -7,6 +7,7 @@ import torch
 
 from alda import InputError
 from alda.annotation import Rounds, ledger
+from alda.datasets import resize_labels
 
 TRUTH = torch.arange(24, dtype=torch.uint8).view(4, 6) % 19
 TRUTH[0, 0] = 255
@@ -53,6 +54,29 @@ def test_rounds_add_up_and_keep_the_ledger(tmp_path):
     )
     assert rounds.asked("a", (4, 6)).sum() == 4 and rounds.asked("nobody", (4, 6)).sum() == 0
     assert rounds.labels("a", (4, 6))[3, 5] == TRUTH[3, 5]
+
+
+def test_a_cell_that_two_rounds_label_is_trained_on_once(tmp_path):
+    """--keep-labels: pixels of two rounds in one cell of the training size."""
+    rounds = Rounds(tmp_path / "rounds")
+    for number, pixels in enumerate([((0, 1), (2, 2)), ((1, 0), (3, 3)), ((0, 4),)], 1):
+        with rounds.new(number) as new:
+            new.add("a", mask(*pixels), oracle, 1, training_size=(2, 3), keep_labels=True)
+    # cells of 2x2 pixels: the first round labels (0,0) and (1,1), the second the same, the third (0,2)
+    records = [rounds.record(n) for n in (1, 2, 3)]
+    assert [r["trained"] for r in records] == [2, 0, 1] and ledger(records)["trained"] == 3
+    assert (resize_labels(rounds.labels("a", (4, 6)), (2, 3), True) != 255).sum() == 3
+
+
+def test_answers_are_counted_apart_where_nobody_measured_the_time():
+    row = {"asked": 4, "labelled": 4, "trained": 4, "regions": 4, "answers": 4, "corrections": 0}
+    sums = {"asked": 8, "labelled": 8, "ignored": 0, "trained": 8, "regions": 8}
+    images = {"page": row | {"seconds": 100.0}, "file": row | {"seconds": None}}
+    total = ledger([{**sums, "classes": {"road": 8}, "images": images}])
+    assert (total["answers"], total["seconds"], total["timed"]) == (8, 100.0, 4)
+    del images["page"]
+    total = ledger([{**sums, "classes": {"road": 8}, "images": images}])
+    assert total["answers"] == 4 and not {"seconds", "timed"} & total.keys()
 
 
 def test_an_interrupted_round_does_not_stand_and_can_be_asked_again(tmp_path):

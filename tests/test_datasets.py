@@ -292,6 +292,26 @@ def test_check_opens_every_photograph(tmp_path, capsys):
     assert f"cityscapes val: problem: {path}: cannot be read as an image" in said
 
 
+def test_check_names_every_photograph_that_cannot_be_read(tmp_path, capsys):
+    """And does not ask for labels that are there."""
+    for split, names in (("train", "a"), ("val", "bcd")):
+        for name in names:
+            photograph(tmp_path, f"{name}_leftImg8bit.png", split, (64, 64))
+            label = tmp_path / f"cityscapes/gtFine/{split}/home/{name}_gtFine_labelIds.png"
+            put(label, np.full((64, 64), 7, np.uint8))
+    for name in "bc":
+        (tmp_path / f"cityscapes/leftImg8bit/val/home/{name}_leftImg8bit.png").write_bytes(b"?")
+    assert D.main(["check", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    wrong = [line for line in said.out.splitlines() if "problem" in line]
+    assert [name in line for name, line in zip("bc", wrong, strict=True)] == [True, True]
+    assert "cityscapes val: 1 images in 1 groups, 1 labels" in said.out
+    (tmp_path / "cityscapes/leftImg8bit/val/home/d_leftImg8bit.png").write_bytes(b"?")
+    assert D.main(["check", str(tmp_path)]) == 2
+    said = capsys.readouterr().out
+    assert said.count("val: problem: ") == 3 and "nothing to score" not in said
+
+
 def test_a_cache_that_the_disk_cannot_hold_is_told_at_once(tiny_world, tmp_path, monkeypatch):
     data = D.open_dataset("cityscapes", tiny_world)
     D.ImageCache(tmp_path / "fits", data, (24, 40), 1e9)

@@ -556,6 +556,12 @@ def test_means_are_over_runs_that_differ_in_the_seed_alone(tmp_path):
         path.write_text(json.dumps({"settings": s}))
     rows = E.comparison(runs)
     assert rows[0]["recipe"] == rows[1]["recipe"] != rows[2]["recipe"]
+    for run in runs[:2]:  # one start for both: the number in its path is that of one of them
+        path = Path(run) / "config.json"
+        s = json.loads(path.read_text())["settings"] | {"init": "runs/start-0/last.pt"}
+        path.write_text(json.dumps({"settings": s}))
+    rows = E.comparison(runs)
+    assert rows[0]["recipe"] == rows[1]["recipe"] != rows[2]["recipe"]
     text = E.comparison_text(rows)
     assert "mIoU19 50.00 +- 14.14, n = 2, seeds 0, 1" in text and "n = 3" not in text
     assert runs[0] in text and "18 classes" in text

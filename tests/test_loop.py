@@ -185,6 +185,32 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     check_result(whole, strategy, results[0], tiny_world)
 
 
+@pytest.mark.parametrize("strategy", ["ripu", "cbst", "stal"])
+def test_what_rounds_say_does_not_depend_on_lost_checkpoints(strategy, tiny_world, tmp_path):
+    """All checkpoints are gone, the rounds stand: trained anew from the first step, the result tells
+    the score before the first round and what each loop had asked, as the first time."""
+    out, options = tmp_path / "out", {"strategy": strategy, "budget": 0.5, "rounds": 2, "steps": 6}
+    words = arguments(tiny_world, out, **options)
+    assert loop.main(words) == 0
+    first = json.loads((out / "result.json").read_text())
+    shutil.rmtree(out / "checkpoints")
+    (out / "result.json").unlink()
+    assert loop.main([*words, "--resume"]) == 0
+    again = json.loads((out / "result.json").read_text())
+    assert "mIoU19" in first["before"] and again | {"wall_s": 0} == first | {"wall_s": 0}
+
+
+def test_a_cache_that_holds_a_part_says_so(tiny_world, tmp_path, capsys):
+    options = {"strategy": "full", "steps": 2, "cache": tmp_path / "cache"}
+    assert loop.main(arguments(tiny_world, tmp_path / "whole", **options)) == 0
+    assert "--cache-gb" not in capsys.readouterr().out
+    options["cache_gb"] = 3 * (3 * 64 * 32 + 1) / 1e9  # three images of each
+    assert loop.main(arguments(tiny_world, tmp_path / "part", **options)) == 0
+    said = capsys.readouterr().out
+    assert "holds 3 of 8 gta5 images" in said and "holds 3 of 6 cityscapes images" in said
+    assert_same_bits(*(state_of(tmp_path / name)["model"] for name in ("whole", "part")))
+
+
 def run_with_stops(stops, interrupt, monkeypatch, world, out, options):
     """A run that is killed at each of `stops` (see interrupt), resumed each time, and at last finished."""
     resume = {}
@@ -820,6 +846,10 @@ def test_score_takes_the_settings_of_the_run(tiny_world, tmp_path, capsys):
         ),
         ("stal --poly-steps 100 --accumulate 3", "--accumulate, --poly-steps"),
         ("source-only --negative 1 --cache-gb 3", "--cache-gb, --negative"),
+        ("stal --rounds 1 --restart --image-queries random", "--image-queries, --restart"),
+        ("stal --rounds 2 --restart --image-queries random", ""),
+        ("stal --ohem-pixels 5 --ohem-threshold 1", "--ohem-pixels"),
+        ("stal --ohem-pixels 5", ""),
     ],
 )
 def test_options_that_do_nothing_are_named(words, idle, capsys):

@@ -1,9 +1,11 @@
 """Wrong input is told in one line; the command line says what it does; the README's code runs."""
 
+import argparse
 import dataclasses
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -567,3 +569,15 @@ def test_the_list_of_commands_is_no_command(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["alda", *words])
         assert __main__.main() == status
         assert ("python -m alda.loop is one" in capsys.readouterr().err) == bool(status)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("name", ["datasets", "evaluation", "toy"])
+def test_ctrl_c_is_status_130(name, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module(f"alda.{name}", run_name="__main__")
+    assert left.value.code == 130 and capsys.readouterr().err == "interrupted\n"

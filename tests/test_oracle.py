@@ -261,6 +261,25 @@ def test_all_problems_are_listed_at_once_and_nothing_is_merged(waiting, tiny_wor
     assert loop.main([*words, "--resume"]) == 3  # what is right was taken once
 
 
+def test_an_image_that_nobody_answered_stays_unlabelled(
+    unlabelled, tiny_world, tmp_path, monkeypatch
+):
+    """STAL, --accept-partial: it trains among the unlabelled images, not as one without any label."""
+    words = arguments(unlabelled, tmp_path / "out", oracle="files", **IMAGES, rounds=1, budget=0.7)
+    assert loop.main(words) == 3
+    folder, record = opened(tmp_path / "out")
+    one, *others = record["images"]
+    assert others
+    shutil.copy(truth_of(tiny_world, one), folder / "answers" / truth_of(tiny_world, one).name)
+    drawn, mixed = [], loop.mixed_batches
+    monkeypatch.setattr(loop, "mixed_batches", lambda *a: drawn.append(a[2]) or mixed(*a))
+    assert loop.main([*words, "--resume", "--accept-partial"]) == 0
+    names = [sample.id for sample in open_dataset("cityscapes", unlabelled, "train", False).samples]
+    labelled, _, rest = drawn
+    assert {names[i] for view, i in labelled if view == 1} == {one}
+    assert {names[i] for view, i in rest} == {*names} - {one}
+
+
 def test_to_accept_what_is_right_is_said_each_time(unlabelled, tmp_path, capsys):
     words = arguments(unlabelled, tmp_path / "out", oracle="files", **PIXELS)
     assert loop.main([*words, "--accept-partial"]) == 3
@@ -352,6 +371,10 @@ def test_people_are_in_the_comparison(waiting, tiny_world, unlabelled, tmp_path,
     assert loop.main(words) == 3
     row = Rounds(out / "rounds").record(1)["images"][path.stem]
     assert (row["answers"], row["corrections"], row["seconds"]) == (2, 2, 61.25)
+    assert "1.0 min for 2 of them" in capsys.readouterr().out
+    (sheet,) = (out / "pictures/round-01").glob("*_prediction.png")
+    answers = Image.open(str(sheet).replace("_prediction", "_answers")).convert("RGB")
+    assert len(answers.getcolors(1 << 16)) > 3  # people's classes, not "no label" alone
     as_files(tiny_world, *opened(out), "ids")
     assert loop.main(words) == 0
     budget = json.loads((out / "result.json").read_text())["budget"]
