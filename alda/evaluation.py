@@ -691,7 +691,7 @@ def main(argv: list[str] | None = None) -> int:
         sub.add_argument(
             "--which",
             choices=["model", "teacher"],
-            help="[the teacher where a run of stal has one, else model]",
+            help="[the teacher where a run has one, else model]",
         )
         sub.add_argument(
             "--net",

@@ -23,11 +23,14 @@ Differences from papers and official code:
       (--restart).
  D25. STAL's third loop asks 84 images: 5 % of 2,975 is 148.75, the paper says 150.
  D26. Left out of STAL's code, with --rules code too: a consistency loss on the labelled images
-      (teacher's argmax). Its lists of 2,000 source images are drawn by seed here.
+      (teacher's argmax), and its source-free runs. Its lists of 2,000 source images are drawn by
+      seed here.
  D27. Source-free RIPU keeps the paper's region radius 1; the official configuration has 9 (--rules
       code).
  D28. CBST: 6 rounds as its README (CRST's script trains 3); patches are mined in the target only,
-      and the optimizer begins anew in each round, as in CRST's script.
+      and the optimizer begins anew in each round, as in CRST's script. Crops and scales are CRST's,
+      the rate is that of the MXNet version (1e-4, over sqrt(2) in each round; CRST's is 5e-5
+      throughout). Pseudo-labels are of all target images (CRST: of a list of 505).
 """
 
 import copy

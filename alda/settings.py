@@ -152,8 +152,8 @@ class Settings:
     epochs: int = option(
         0,
         "schedule",
-        "CBST, STAL: passes over the training images in each round, instead of --steps (0: "
-        "--steps)",
+        "CBST, STAL: passes over the training images (STAL: the unlabelled ones) in each round, "
+        "instead of --steps (0: --steps)",
         low=0,
         read_by=("stal", *SELF_TRAINING),
     )
@@ -212,7 +212,7 @@ class Settings:
         0.022,
         "queries",
         "share of each target image's pixels (STAL: of the target images) that may be asked, "
-        "over all rounds; queries with --net deeplabv3plus: 0.05",
+        "over all rounds; queries with --net deeplabv3plus (but --root toy): 0.05",
         read_by=(*QUERIES, "stal"),
     )
     rounds: int = option(
@@ -225,7 +225,8 @@ class Settings:
     query_steps: str = option(
         "",
         "queries",
-        "steps before which the rounds are asked, '10000,12000'; default 25%%..45%% of steps",
+        "steps before which the rounds are asked, '10000,12000'; default 25%%..45%% of steps "
+        "(source-free: 0..27%%)",
         read_by=QUERIES,
     )
     unit: str = option(

@@ -13,9 +13,9 @@ steps), `ripu-pa` and `random:pa` (40 single pixels an image), `cbda:both:source
 WORLDS below, chosen on `source-only` and `full`, the miniature world's rate on `random` (CBST and
 its kin: a fifth of the rate, as in the miniature world's defaults). A run that is finished is not
 run again, one that was stopped goes on; with --record FILE a run that stands in FILE is not run
-again either, and what is finished is added to it. Differences are paired by seed: a row minus the
-row of `--against` (as many as one likes) with the same budget and variant, mean +- standard error
-over the seeds.
+again either (but for what others start from: `source-only`, and STRONG of `:strong` rows), and what
+is finished is added to it. Differences are paired by seed: a row minus the row of `--against` (as
+many as one likes) with the same budget and variant, mean +- standard error over the seeds.
 """
 
 import argparse
@@ -114,7 +114,10 @@ def adapt(args, common: list[str], row: str, seed: int) -> dict:
     strategy, variants, pseudo, budget = split(row)
     world = WORLDS[args.world]
     steps, rate = world.adapt
-    start = folder_of(args, STRONG if "strong" in variants else "source-only", seed)
+    start = folder_of(args, "source-only", seed)
+    if "strong" in variants:
+        start = folder_of(args, STRONG, seed)
+        adapt(args, common, STRONG, seed)  # trained once, as `source-only`
     options = [*common, "--strategy", strategy, "--seed", str(seed)]
     options += ["--init", str(start / "checkpoints/last.pt")]
     if strategy == "stal":
@@ -299,6 +302,8 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.init or args.only_table):
         parser.error("what is to be run needs --init: ImageNet weights of MobileNetV2")
+    if args.world.startswith("real") and not (args.root or args.only_table):
+        parser.error(f"--world {args.world} needs --root: the folder of the photographs")
     args.runs = args.runs or Path(f"runs/evidence-{args.world}")
     world = WORLDS[args.world]
     common = ["--source-size", world.size, "--target-size", world.size]
