@@ -145,7 +145,9 @@ def first_says(answer: bool) -> bool:
 def barrier() -> None:
     """Waits until every process is here."""
     if rank_and_world()[1] > 1:
-        dist.barrier()
+        # NCCL guesses a GPU from the rank, which another machine's process may have
+        nccl = dist.get_backend() == "nccl"
+        dist.barrier(device_ids=[torch.cuda.current_device()] if nccl else None)
 
 
 def all_reduce(values: torch.Tensor) -> torch.Tensor:

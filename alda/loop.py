@@ -751,7 +751,8 @@ def main(argv: list[str] | None = None) -> int:
             if is_first():
                 held.enter_context(ready_folder(s, out))
                 collect(s, out)
-            barrier()
+            with one_line_errors():  # the first may have refused
+                barrier()
             run_strategy(s, out, device)
             leave()
         return 0

@@ -522,17 +522,20 @@ def resume_line(out: Path) -> str:
 
 def started_with(out: Path) -> str:
     """The command without options that began the run in `out`, as its config.json says: python, or
-    torchrun with as many processes; a script, which may have brought a score of its own, else -m
+    torchrun with as many processes and machines; a script, which may have brought a score of its own, else -m
     alda.loop."""
-    processes = 1
+    processes = here = 1
     try:
         record = read_json(out / "config.json", "command")
         script, processes = Path(record["command"][1]), record.get("processes", 1)
+        here = record.get("processes_here", processes)
     except (InputError, LookupError, TypeError):  # the command that runs now
         script = Path(sys.argv[0])
     own = script.suffix == ".py" and script.is_file() and script.name != "__main__.py"
     own = own and script.resolve().parent != Path(__file__).resolve().parent
-    python = "python" if processes == 1 else f"torchrun --nproc_per_node {processes}"
+    python = "python" if processes == 1 else f"torchrun --nproc_per_node {here}"
+    if processes > here:
+        python = python.replace("torchrun", f"torchrun --nnodes {processes // here}")
     return f"{python} {shlex.quote(str(script)) if own else '-m alda.loop'}"
 
 
@@ -762,6 +765,7 @@ def prepare(s) -> Path:
         "settings": {**dataclasses.asdict(s), "root": root},
         "command": [sys.executable, *sys.argv],
         "processes": rank_and_world()[1],
+        "processes_here": int(os.environ.get("LOCAL_WORLD_SIZE") or rank_and_world()[1]),
         "versions": {"alda": code_version(), "python": platform.python_version(), **versions},
         "toy": s.root == "toy",
     }

@@ -344,6 +344,10 @@ def test_a_run_of_several_processes_is_resumed_with_as_many(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(record))
     expected = f"torchrun --nproc_per_node 4 -m alda.loop --resume --out {tmp_path}"
     assert run.resume_line(tmp_path) == expected
+    record["processes_here"] = 2  # of each of two machines
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    expected = expected.replace("--nproc_per_node 4", "--nnodes 2 --nproc_per_node 2")
+    assert run.resume_line(tmp_path) == expected
 
 
 def test_readme_help_and_the_list_of_commands_agree(monkeypatch, capsys):
