@@ -850,8 +850,8 @@ def leave_signals(worker: int) -> None:
 
 class ImageCache:
     """Images of one size on disk, decoded and resized, each kept when it is first read: a
-    memory-mapped file of (3,h,w) uint8 in `folder`, for every process that reads these images at this
-    size.
+    memory-mapped file of (3,h,w) uint8 in `folder`, for every process of this machine that reads these
+    images at this size (a disk of its own: over a network two machines would overwrite each other).
 
     Its name holds the dataset's fingerprint and when each image was last written: other images never
     read it. At most `most` bytes: images beyond are decoded every time. Whether an image is there is a
@@ -874,6 +874,8 @@ class ImageCache:
                 missing = self.bytes - 512 * getattr(os.fstat(file.fileno()), "st_blocks", 0)
                 if missing > shutil.disk_usage(folder).free:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                if missing > 0 and hasattr(os, "posix_fallocate"):  # not on macOS
+                    os.posix_fallocate(file.fileno(), 0, self.bytes)  # nobody else takes the room
         except OSError as error:
             raise InputError(
                 f"{self.path}: {self.bytes / 1e9:.3g} GB cannot be made ({error.strerror}); give another "

@@ -652,7 +652,7 @@ def network_in(content, path):
 
 
 def load_checkpoint(model, path, which="model"):
-    """Fill `model` from a file and return the name of the file's layout.
+    """Fill `model` from a file and return the name of the file's layout; of the same number of classes.
 
     "alda"         {"model": state dict, "teacher": state dict, ...}, or such a state dict alone
     "ripu"         {"feature_extractor": ..., "classifier": ...}

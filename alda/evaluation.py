@@ -11,7 +11,9 @@ Axes: N images, C classes, H rows, W columns. Prediction and labels are (…,H,W
 Differences from papers and official code:
 
  D29. Classes that do not occur in the truth have no IoU and are left out of the mean, which says
-      over how many it is; the code counts them as 0.
+      over how many it is; the code counts them as 0. mIoU16 and mIoU13 leave out pixels whose truth
+      SYNTHIA does not have (terrain, truck, train), as RIPU's and CRST's networks of 16 classes do;
+      ours keeps 19 outputs, and a pixel that it gives to one of the three is missed.
  D30. The last checkpoint is scored; STAL's code reports the best one on the set it reports.
 """
 
@@ -40,6 +42,7 @@ from alda.datasets import (
     CLASS_SETS,
     NAMES,
     NUM_CLASSES,
+    SYNTHIA_16,
     SegmentationDataset,
     load,
     misfits,
@@ -103,17 +106,22 @@ def summary(matrix: torch.Tensor, names: tuple[str, ...] = NAMES) -> dict:
     """mIoU over 19, 16 and 13 classes (fractions), over how many of them the means are, the lowest
     class, per-class IoU, and the classes left out as absent.
 
-    A mean is over the classes of its set that occur in the truth: one over classes that happen to be
+    A mean is over the classes of its set that occur in the truth; those of 16 and 13 leave out the
+    pixels of the truth that none of the 16 is in (D29), the IoU of each class does not. One over classes that happen to be
     predicted would be no fixed measure. `names` of other classes: one mean, "mIoUn" over all n.
     """
     if len(names) != len(matrix):
         raise ValueError(f"{len(names)} names for a matrix of {len(matrix)} classes")
     sets = CLASS_SETS if tuple(names) == NAMES else {str(len(names)): tuple(range(len(names)))}
-    values = iou(matrix.cpu())
+    matrix = matrix.cpu()
+    values = iou(matrix)
     present = ~values.isnan()
     result: dict = {}
     for name, members in sets.items():
-        kept = values[list(members)]
+        counted = matrix.clone()
+        if sets is CLASS_SETS and name != "19":
+            counted[[i for i in range(NUM_CLASSES) if i not in SYNTHIA_16]] = 0  # D29
+        kept = iou(counted)[list(members)]
         kept = kept[~kept.isnan()]
         result[f"mIoU{name}"] = kept.mean().item() if len(kept) else None
         result[f"classes{name}"] = len(kept)
@@ -649,14 +657,17 @@ def load_run(path: str | Path, device, which: str | None = None, network: dict |
 def write_predictions(
     model, dataset: SegmentationDataset, protocol: Protocol, device, folder: Path
 ) -> int:
-    """Writes each prediction as IMAGE_pred_labelIds.png (Cityscapes label ids, (H,W) uint8);
-    returns how many."""
+    """Writes each prediction, (H,W) uint8, as its server takes it: IMAGE_pred_labelIds.png (Cityscapes'
+    label ids), of ACDC IMAGE_pred_labelTrainIds.png (train ids); returns how many."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, sample in enumerate(dataset.samples):
         prob = predict_prob(model, dataset.image(index), protocol, device)
         prediction = prob.argmax(0).to(torch.uint8).cpu().numpy()
-        picture = Image.fromarray(to_label_ids(prediction))
-        write_atomic(folder / f"{sample.id}_pred_labelIds.png", partial(picture.save, format="PNG"))
+        name = f"{sample.id}_pred_labelTrainIds.png"
+        if dataset.name != "acdc":
+            prediction, name = to_label_ids(prediction), f"{sample.id}_pred_labelIds.png"
+        picture = Image.fromarray(prediction)
+        write_atomic(folder / name, partial(picture.save, format="PNG"))
     return len(dataset)
 
 
@@ -669,7 +680,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("score", "mIoU and per-class IoU under a named protocol"),
-        ("predict", "label-id PNGs for the Cityscapes server"),
+        ("predict", "PNGs for the servers: label ids of Cityscapes, train ids of ACDC"),
     ):
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("checkpoint", help="a run's folder or a checkpoint file")

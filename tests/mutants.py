@@ -913,8 +913,8 @@ evaluation | evaluation | absent classes count as 0
 -kept = kept[~kept.isnan()]
 +kept = kept.nan_to_num(0)
 evaluation | evaluation | mIoU16 and mIoU13 are over all classes
--kept = values[list(members)]
-+kept = values[: len(members)]
+-kept = iou(counted)[list(members)]
++kept = iou(counted)[: len(members)]
 evaluation | evaluation | the last image is not scored
 -own = share(range(len(dataset)))
 +own = share(range(len(dataset) - 1))
@@ -922,8 +922,8 @@ evaluation | run-stal evaluation | the student of a STAL run is scored
 -("teacher" if "network" in content and "teacher" in content else "model")
 +"model"
 evaluation | evaluation | exported predictions are train ids
--Image.fromarray(to_label_ids(prediction))
-+Image.fromarray(prediction)
+-prediction, name = to_label_ids(prediction), f"{sample.id}_pred_labelIds.png"
++name = f"{sample.id}_pred_labelIds.png"
 acquisition | acquisition | impurity plus uncertainty
 -return impurity * uncertainty, impurity, uncertainty
 +return impurity + uncertainty, impurity, uncertainty
