@@ -15,6 +15,7 @@ import os
 import secrets
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -142,12 +143,17 @@ def first_says(answer: bool) -> bool:
     return all_reduce_number(int(answer and is_first())) > 0
 
 
-def barrier() -> None:
-    """Waits until every process is here."""
-    if rank_and_world()[1] > 1:
-        # NCCL guesses a GPU from the rank, which another machine's process may have
-        nccl = dist.get_backend() == "nccl"
-        dist.barrier(device_ids=[torch.cuda.current_device()] if nccl else None)
+def barrier(file: Path | None = None) -> None:
+    """Waits until every process is here and sees `file`, which the first has written: on a shared file
+    system the others may see it late."""
+    if rank_and_world()[1] == 1:
+        return
+    # NCCL guesses a GPU from the rank, which another machine's process may have
+    nccl = dist.get_backend() == "nccl"
+    dist.barrier(device_ids=[torch.cuda.current_device()] if nccl else None)
+    end = time.monotonic() + JOINING
+    while file and not file.is_file() and time.monotonic() < end:
+        time.sleep(0.1)
 
 
 def all_reduce(values: torch.Tensor) -> torch.Tensor:

@@ -235,7 +235,7 @@ def ask_pixels(s: Settings, run: Run, target: SegmentationDataset, rounds: Round
         labelled = ledger([*records, rounds.record(number)])["classes"]
         class_picture(labelled, folder / "classes.png", balanced="class_weights" in chosen.notes)
         report_picks(s, rounds, number, time.time() - began)
-    barrier()
+    barrier(rounds.path(number) / "round.json")
 
 
 def store_picks(s: Settings, target, rounds: Rounds, number: int, chosen: Chosen, folder: Path):
@@ -474,7 +474,7 @@ def ask_images(
             f"({time.time() - began:.0f} s)",
             flush=True,
         )
-    barrier()
+    barrier(rounds.path(number) / "round.json")
 
 
 def uncertainty_of_images(s: Settings, run: Run, teacher, target, left: list[int]):
@@ -576,7 +576,7 @@ def label_target(
         known = [pseudo.record(n).get("accuracy") for n in range(1, number)]
         best = max((x for x in known if x is not None), default=None)
         report_pseudo(s, target, number, record, best, time.time() - began)
-    barrier()
+    barrier(pseudo.path(number) / "round.json")
 
 
 def pseudo_record(kind: str, portion: float, thresholds, predicted, total: dict) -> dict:

@@ -27,6 +27,7 @@ from alda import (
     acquisition,
     annotate,
     datasets,
+    distributed,
     evaluation,
     loop,
     losses,
@@ -348,6 +349,20 @@ def test_a_run_of_several_processes_is_resumed_with_as_many(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(record))
     expected = expected.replace("--nproc_per_node 4", "--nnodes 2 --nproc_per_node 2")
     assert run.resume_line(tmp_path) == expected
+
+
+def test_a_barrier_waits_for_a_file_that_another_machine_sees_late(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(distributed, "rank_and_world", lambda: (1, 2))
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(distributed.torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(distributed.dist, "barrier", lambda **words: calls.append(words))
+    monkeypatch.setattr(distributed.time, "sleep", lambda _: (tmp_path / "late").touch())
+    distributed.barrier(tmp_path / "late")
+    assert calls == [{"device_ids": [3]}] and (tmp_path / "late").is_file()
+    monkeypatch.setattr(distributed, "JOINING", 0.0)
+    distributed.barrier(tmp_path / "never")  # whoever reads it says what is missing
+    distributed.barrier()
 
 
 def test_readme_help_and_the_list_of_commands_agree(monkeypatch, capsys):
