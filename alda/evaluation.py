@@ -106,9 +106,9 @@ def summary(matrix: torch.Tensor, names: tuple[str, ...] = NAMES) -> dict:
     """mIoU over 19, 16 and 13 classes (fractions), over how many of them the means are, the lowest
     class, per-class IoU, and the classes left out as absent.
 
-    A mean is over the classes of its set that occur in the truth; those of 16 and 13 leave out the
-    pixels of the truth that none of the 16 is in (D29), the IoU of each class does not. One over classes that happen to be
-    predicted would be no fixed measure. `names` of other classes: one mean, "mIoUn" over all n.
+    A mean is over the classes of its set that occur in the truth: one over classes that happen to be
+    predicted would be no fixed measure. Those of 16 and 13 leave out the pixels whose truth is none of
+    the 16 (D29), the IoU of each class does not. `names` of other classes: one mean, "mIoUn" over all n.
     """
     if len(names) != len(matrix):
         raise ValueError(f"{len(names)} names for a matrix of {len(matrix)} classes")
@@ -346,9 +346,8 @@ def comparison(runs: list[str], mixed: bool = False) -> list[dict]:
         seeds.setdefault(recipe(s, own_start=False), set()).add(s["seed"])
     for row, run in zip(rows, runs, strict=True):
         shared = recipe(run_settings(run), own_start=False)
-        if (
-            len(seeds[shared]) > 1
-        ):  # several seeds from one file: a number in its path is not theirs
+        # several seeds from one file: a number in its path is not theirs
+        if len(seeds[shared]) > 1:
             row["recipe"] = shared
     for key in ("protocol", "tested on"):
         kinds = sorted({row[key] for row in rows})

@@ -522,8 +522,8 @@ def resume_line(out: Path) -> str:
 
 def started_with(out: Path) -> str:
     """The command without options that began the run in `out`, as its config.json says: python, or
-    torchrun with as many processes and machines; a script, which may have brought a score of its own, else -m
-    alda.loop."""
+    torchrun with as many processes and machines; a script, which may have brought a score of its
+    own, else -m alda.loop."""
     processes = here = 1
     try:
         record = read_json(out / "config.json", "command")
@@ -761,11 +761,13 @@ def prepare(s) -> Path:
         "pillow": PIL.__version__,
     }
     root = s.root if s.root == "toy" else str(Path(s.root).absolute())
+    processes = rank_and_world()[1]
+    here = os.environ.get("LOCAL_WORLD_SIZE", "") if processes > 1 else ""
     record = {
         "settings": {**dataclasses.asdict(s), "root": root},
         "command": [sys.executable, *sys.argv],
-        "processes": rank_and_world()[1],
-        "processes_here": int(os.environ.get("LOCAL_WORLD_SIZE") or rank_and_world()[1]),
+        "processes": processes,
+        "processes_here": int(here) if here.isdigit() else processes,  # on each machine
         "versions": {"alda": code_version(), "python": platform.python_version(), **versions},
         "toy": s.root == "toy",
     }

@@ -443,11 +443,10 @@ def reliable_pseudo_labels(
 
     STAL Eqs. (5)-(7): label i is argmax_c p_c where H_i < gamma_t, else ignored; gamma_t is the 100
     (1 - drop)-th percentile of H over the batch (under torchrun over each process's own images).
-    `rules="code"`: the official code takes the 100
-    drop-th percentile and ignores H_i < gamma_t, the most confident pixels. drop=0 labels every
-    pixel. `counts` (H,W) or (N,H,W) bool: pixels outside (a crop's padding) are ignored and not
-    counted. Raises ValueError for a share outside [0,1] or other rules. That `prob` sums to 1 is not
-    checked, which would wait for the device: logits give nonsense.
+    `rules="code"`: the official code takes the 100 drop-th percentile and ignores H_i < gamma_t, the
+    most confident pixels. drop=0 labels every pixel. `counts` (H,W) or (N,H,W) bool: pixels outside (a
+    crop's padding) are ignored and not counted. Raises ValueError for a share outside [0,1] or other
+    rules. That `prob` sums to 1 is not checked, which would wait for the device: logits give nonsense.
     """
     if not 0 <= drop <= 1 or rules not in ("paper", "code"):
         raise ValueError(

@@ -77,8 +77,8 @@ class Settings:
     cache: str = option(
         "",
         "run",
-        "DIR on a local disk for decoded images at --source-size and --target-size, where none is scaled at random: 2.5 "
-        "to 2.8 MB an image at the defaults",
+        "DIR on a local disk for decoded images at --source-size and --target-size, where none is "
+        "scaled at random: 2.5 to 2.8 MB an image at the defaults",
         read_by=SCHEDULED,
     )
     cache_gb: float = option(
