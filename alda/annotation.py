@@ -317,7 +317,8 @@ def check_ids(labels: torch.Tensor, what: str, classes: int) -> None:
 # ------------------------------------------------------------------------------- the ledger
 
 LEDGER = ("asked", "labelled", "ignored", "trained", "regions")
-PEOPLE = ("answers", "corrections", "seconds")  # of the images that people answered, see oracle.py
+# of the images that people answered, see oracle.py; `seconds` is that of `timed` answers
+PEOPLE = ("answers", "corrections", "seconds", "timed")
 
 
 def ledger(records: list[dict]) -> dict:
@@ -331,7 +332,6 @@ def ledger(records: list[dict]) -> dict:
     for key in PEOPLE:  # None: nobody measured how long it took
         known = [row[key] for row in rows if row.get(key) is not None]
         total |= {key: sum(known)} if known else {}
-    # "seconds" is that of so many answers
     timed = [row["answers"] for row in rows if row.get("seconds") is not None]
     total |= {"timed": sum(timed)} if timed else {}
     names = list(records[0]["classes"]) if records else NAMES

@@ -848,6 +848,19 @@ def leave_signals(worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
+def take_room(file, size: int) -> None:
+    """Reserves the first `size` bytes of a file, so that nobody else takes the room, where the system
+    can. Raises OSError where the disk is too full."""
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except AttributeError:  # macOS
+        pass
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        # a file system that reserves nothing (EOPNOTSUPP, EBADF): the file keeps its holes
+
+
 class ImageCache:
     """Images of one size on disk, decoded and resized, each kept when it is first read: a
     memory-mapped file of (3,h,w) uint8 in `folder`, for every process of this machine that reads these
@@ -874,8 +887,8 @@ class ImageCache:
                 missing = self.bytes - 512 * getattr(os.fstat(file.fileno()), "st_blocks", 0)
                 if missing > shutil.disk_usage(folder).free:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                if missing > 0 and hasattr(os, "posix_fallocate"):  # not on macOS
-                    os.posix_fallocate(file.fileno(), 0, self.bytes)  # nobody else takes the room
+                if missing > 0:
+                    take_room(file, self.bytes)
         except OSError as error:
             raise InputError(
                 f"{self.path}: {self.bytes / 1e9:.3g} GB cannot be made ({error.strerror}); give another "

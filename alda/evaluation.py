@@ -656,8 +656,8 @@ def load_run(path: str | Path, device, which: str | None = None, network: dict |
 def write_predictions(
     model, dataset: SegmentationDataset, protocol: Protocol, device, folder: Path
 ) -> int:
-    """Writes each prediction, (H,W) uint8, as its server takes it: IMAGE_pred_labelIds.png (Cityscapes'
-    label ids), of ACDC IMAGE_pred_labelTrainIds.png (train ids); returns how many."""
+    """Writes each prediction, (H,W) uint8, in the ids that its server takes: IMAGE_pred_labelIds.png
+    (Cityscapes' label ids), of ACDC IMAGE_pred_labelTrainIds.png (train ids); returns how many."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, sample in enumerate(dataset.samples):
         prob = predict_prob(model, dataset.image(index), protocol, device)

@@ -490,6 +490,7 @@ def answer_all(browser, world):
     count = 0
     browser.until("document.body.dataset.drawn === 'true'")
     while int((seen := browser.shown())["left"]):
+        browser.until("document.body.dataset.drawn === 'true'")
         browser.press(key_of(world, seen["image"], int(seen["row"]), int(seen["col"])))
         browser.until("Number(document.body.dataset.left) < arguments[0]", int(seen["left"]))
         count += 1

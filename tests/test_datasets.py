@@ -1,5 +1,6 @@
 """Label spaces, readers, transforms and samplers."""
 
+import errno
 import math
 import os
 import pickle
@@ -317,6 +318,18 @@ def test_a_cache_that_the_disk_cannot_hold_is_told_at_once(tiny_world, tmp_path,
     cache = D.ImageCache(tmp_path / "fits", data, (24, 40), 1e9)
     if hasattr(os, "posix_fallocate"):  # the room is taken, not looked at
         assert 512 * os.stat(cache.path).st_blocks >= cache.bytes == os.stat(cache.path).st_size
+
+    def refuses(number):
+        def reserve(*_):
+            raise OSError(number, os.strerror(number))
+
+        return reserve
+
+    monkeypatch.setattr(os, "posix_fallocate", refuses(errno.EBADF), raising=False)
+    D.ImageCache(tmp_path / "holes", data, (24, 40), 1e9)  # a file system without reservations
+    monkeypatch.setattr(os, "posix_fallocate", refuses(errno.EDQUOT), raising=False)
+    with pytest.raises(InputError, match="GB cannot be made"):
+        D.ImageCache(tmp_path / "quota", data, (24, 40), 1e9)
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(D.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InputError, match=r"GB cannot be made .No space left.*smaller --cache-gb"):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from alda import InputError, evaluation, loop, oracle
 from alda.annotation import Rounds
-from alda.datasets import NAMES, id_map, open_dataset
+from alda.datasets import CLASSES, NAMES, id_map, open_dataset
 from tests.test_loop import arguments, assert_same_bits, state_of
 
 PIXELS = {"strategy": "ripu-pa", "radius": 3, "pixels": 4, "steps": 6, "query_steps": "2,4"}
@@ -374,7 +374,10 @@ def test_people_are_in_the_comparison(waiting, tiny_world, unlabelled, tmp_path,
     assert "1.0 min for 2 of them" in capsys.readouterr().out
     (sheet,) = (out / "pictures/round-01").glob("*_prediction.png")
     answers = Image.open(str(sheet).replace("_prediction", "_answers")).convert("RGB")
-    assert len(answers.getcolors(1 << 16)) > 3  # people's classes, not "no label" alone
+    panel = answers.crop((0, 0, answers.width, answers.height - 60))  # without the legend
+    labels = Rounds(out / "rounds").labels(sheet.name.removesuffix("_prediction.png"), (128, 256))
+    given = {CLASSES[c].colour for c in labels.unique().tolist() if c != 255}
+    assert given and given <= {colour for _, colour in panel.getcolors(1 << 16)}
     as_files(tiny_world, *opened(out), "ids")
     assert loop.main(words) == 0
     budget = json.loads((out / "result.json").read_text())["budget"]
@@ -385,7 +388,7 @@ def test_people_are_in_the_comparison(waiting, tiny_world, unlabelled, tmp_path,
     assert evaluation.main(["compare", str(out), str(other)]) == 0
     table = capsys.readouterr().out
     assert [line.split()[2:] for line in table.splitlines() if line.startswith("people: ")] == [
-        ["24", "-"], ["2", "-"], ["61.2", "-"],
+        ["24", "-"], ["2", "-"], ["61.2", "-"], ["2", "-"],
     ]  # fmt: skip
 
 

@@ -59,6 +59,7 @@ def main(picture: Path) -> None:
             began = time.time()
             for _ in range(12):
                 seen = browser.shown()
+                browser.until("document.body.dataset.drawn === 'true'")
                 browser.press(key_of(truth, seen["image"], int(seen["row"]), int(seen["col"])))
                 browser.until(
                     "Number(document.body.dataset.left) < arguments[0]", int(seen["left"])

@@ -117,7 +117,6 @@ def adapt(args, common: list[str], row: str, seed: int) -> dict:
     start = folder_of(args, "source-only", seed)
     if "strong" in variants:
         start = folder_of(args, STRONG, seed)
-        adapt(args, common, STRONG, seed)  # trained once, as `source-only`
     options = [*common, "--strategy", strategy, "--seed", str(seed)]
     options += ["--init", str(start / "checkpoints/last.pt")]
     if strategy == "stal":
@@ -329,7 +328,14 @@ def main() -> None:
         options += ["--steps", str(world.start[0]), "--lr", str(world.start[1])]
         return train(folder_of(args, row, seed), common + options)
 
-    for part in (jobs[: len(args.seeds)], jobs[len(args.seeds) :]):  # every row needs its start
+    # every row needs its start
+    strong = [row for row in args.rows if "strong" in split(row)[1]]
+    again = [seed for seed in args.seeds if any((row, seed) not in recorded for row in strong)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        if again and not args.only_table:
+            [*pool.map(run, jobs[: len(args.seeds)])]
+            [*pool.map(lambda seed: adapt(args, common, STRONG, seed), again)]
+    for part in (jobs[: len(args.seeds)], jobs[len(args.seeds) :]):
         with ThreadPoolExecutor(args.jobs) as pool:
             for (row, seed), result in zip(part, pool.map(run, part), strict=True):
                 if result is not None:

@@ -144,7 +144,8 @@ def main() -> None:
                                  ["--strategy", "source-only", "--seed", str(s), *SOURCE]) for s in args.seeds}  # fmt: skip
         first = [source[s].result() for s in args.seeds]
         whole = {"ripu-pa": "40 px an image", "full": "100 %"}  # what reads no --budget runs once
-        budgets = {m: args.budgets[:1] if m in whole else args.budgets for m in args.methods}
+        once = {*whole, *SELF_TRAINING}
+        budgets = {m: args.budgets[:1] if m in once else args.budgets for m in args.methods}
         runs = {(m, b): [pool.submit(adapt, args.root, m, b, s, args.extra) for s in args.seeds]
                 for m in args.methods for b in budgets[m]}  # fmt: skip
         print(
