@@ -11,11 +11,17 @@ __version__ = "0.1.0"
 IGNORE = 255  # the label of a pixel that has none, in every label map of this package
 
 
-def escape_output() -> None:
-    """From here on stdout escapes what the terminal has no letters for (a folder's name), as stderr
-    always does: no run ends for it."""
+def run_command(main) -> None:
+    """Runs `main()` as a program, which ends with the exit status that it returns, after Ctrl-C with
+    130. stdout escapes what the terminal has no letters for (a folder's name), as stderr always does:
+    no run ends for it."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 class InputError(Exception):

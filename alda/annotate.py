@@ -29,7 +29,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from alda import InputError, escape_output
+from alda import InputError, run_command
 from alda.datasets import CLASSES, NAMES, read_image, read_json, write_atomic
 from alda.oracle import ENDINGS, open_round, page_part, shapes_digest
 from alda.run import locked, resume_line
@@ -384,5 +384,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    escape_output()
-    sys.exit(main())
+    run_command(main)

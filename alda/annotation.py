@@ -206,7 +206,7 @@ class NewRound:
     """A round of queries being written: a context manager that completes the folder when every
     image is in it."""
 
-    def __init__(self, path: Path, names: tuple[str, ...] = NAMES, earlier=None):
+    def __init__(self, path: Path, names: tuple[str, ...], earlier):
         self.path, self.names = path, names
         self.earlier = earlier  # (image's id, (H,W)) -> the labels of earlier rounds, (H,W) uint8
         self.images: dict[str, dict] = {}
@@ -250,7 +250,7 @@ class NewRound:
         with self.lock:
             self.classes += counts
         cells = resize_labels(answers, training_size, keep_labels) != IGNORE
-        if keep_labels and self.earlier:  # a cell may hold pixels of several rounds; it trains once
+        if keep_labels:  # a cell may hold pixels of several rounds; it trains once
             before = self.earlier(image_id, tuple(answers.shape))
             cells &= resize_labels(before, training_size, True) == IGNORE
         trained = int(cells.sum())
@@ -329,11 +329,10 @@ def ledger(records: list[dict]) -> dict:
     total["images"] = len({image for r in records for image in r["images"]})
     rows = [row for r in records for row in r["images"].values()]
     rows = [row for row in rows if isinstance(row, dict) and "answers" in row]
+    rows += [{"timed": row["answers"]} for row in rows if row.get("seconds") is not None]
     for key in PEOPLE:  # None: nobody measured how long it took
         known = [row[key] for row in rows if row.get(key) is not None]
         total |= {key: sum(known)} if known else {}
-    timed = [row["answers"] for row in rows if row.get("seconds") is not None]
-    total |= {"timed": sum(timed)} if timed else {}
     names = list(records[0]["classes"]) if records else NAMES
     total["classes"] = {name: sum(r["classes"][name] for r in records) for name in names}
     share = torch.tensor([*total["classes"].values()]).double() / max(1, total["labelled"])

@@ -57,7 +57,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision.io import ImageReadMode, decode_image
 
-from alda import IGNORE, InputError, escape_output
+from alda import IGNORE, InputError, run_command
 from alda.distributed import all_gather_list, say, share
 
 # in the truth of an unlabelled image: nobody knows this pixel's class; 255 is what a crop adds outside
@@ -1196,9 +1196,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    escape_output()
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    run_command(main)

@@ -652,7 +652,7 @@ def network_in(content, path):
 
 
 def load_checkpoint(model, path, which="model"):
-    """Fill `model` from a file and return the name of the file's layout; of the same number of classes.
+    """Fill `model` from a file of as many classes and return the name of the file's layout.
 
     "alda"         {"model": state dict, "teacher": state dict, ...}, or such a state dict alone
     "ripu"         {"feature_extractor": ..., "classifier": ...}
@@ -662,12 +662,12 @@ def load_checkpoint(model, path, which="model"):
 
     `which` is "model" or "teacher", for layouts that hold both; a line says that a teacher is left
     out. Names may carry "module.". Only tensors and plain values are unpickled (weights_only=True, and
-    NumPy scalars, which official files hold as scores). Strict: raises InputError that lists the missing, unexpected and
-    mis-shaped names, and changes nothing, when the file does not fit; only `num_batches_tracked`
-    may be missing or too many, so files pass between frozen and live batch norm. A representation
-    or auxiliary head of which the file holds nothing stays as it is, one that the network has not is
-    left out, and a line says so. A network trained with live batch norm (epsilon 1e-5) gives slightly
-    other outputs when it is loaded as frozen (no epsilon).
+    NumPy scalars, which official files hold as scores). Strict: raises InputError that lists the
+    missing, unexpected and mis-shaped names, and changes nothing, when the file does not fit; only
+    `num_batches_tracked` may be missing or too many, so files pass between frozen and live batch norm.
+    A representation or auxiliary head of which the file holds nothing stays as it is, one that the
+    network has not is left out, and a line says so. A network trained with live batch norm (epsilon
+    1e-5) gives slightly other outputs when it is loaded as frozen (no epsilon).
     """
     if which not in ("model", "teacher"):
         raise InputError(f"which is 'model' or 'teacher', not {which!r}")

@@ -35,7 +35,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Subset
 
-from alda import IGNORE, InputError, deeplab, escape_output
+from alda import IGNORE, InputError, deeplab, run_command
 from alda.acquisition import check_tensor
 from alda.annotation import PEOPLE
 from alda.datasets import (
@@ -334,7 +334,7 @@ def comparison(runs: list[str], mixed: bool = False) -> list[dict]:
     Raises InputError for a run that has no result, and, unless `mixed`, for runs that were not
     tested alike: another protocol, target dataset or number of images or classes.
     """
-    rows, seeds = [], {}
+    rows, shared, seeds = [], [], {}
     for run in runs:
         path = Path(run) / "result.json"
         s = run_settings(run)
@@ -343,12 +343,11 @@ def comparison(runs: list[str], mixed: bool = False) -> list[dict]:
                 hint = "give folders of finished runs (--out of alda.loop)"
                 raise InputError(f"{run}: holds no {name}; {hint}")
         rows.append(comparison_row(str(run), checked_result(path), s))
-        seeds.setdefault(recipe(s, own_start=False), set()).add(s["seed"])
-    for row, run in zip(rows, runs, strict=True):
-        shared = recipe(run_settings(run), own_start=False)
-        # several seeds from one file: a number in its path is not theirs
-        if len(seeds[shared]) > 1:
-            row["recipe"] = shared
+        shared.append(recipe(s, own_start=False))
+        seeds.setdefault(shared[-1], set()).add(s["seed"])
+    for row, name in zip(rows, shared, strict=True):
+        if len(seeds[name]) > 1:  # several seeds from one file: no number in its path is theirs
+            row["recipe"] = name
     for key in ("protocol", "tested on"):
         kinds = sorted({row[key] for row in rows})
         if len(kinds) > 1 and not mixed:
@@ -830,9 +829,4 @@ def pick_device(name: str) -> torch.device:
 
 
 if __name__ == "__main__":
-    escape_output()
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    run_command(main)

@@ -46,7 +46,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alda import IGNORE, InputError, deeplab, escape_output, toy
+from alda import IGNORE, InputError, deeplab, run_command, toy
 from alda.annotation import (
     Rounds,
     bought_and_pseudo,
@@ -178,9 +178,9 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
         bought = partial(bought_labels, target, rounds, number)
         if step in schedule:
             note_before(s, run, teacher or run.model, validation, step)
-        if step in schedule and first_says(rounds.complete() < number):
-            run.save(step)
-            ask_pixels(s, run, target, rounds, number)
+            if first_says(rounds.complete() < number):
+                run.save(step)
+                ask_pixels(s, run, target, rounds, number)
         if step in guesses and first_says(pseudo.complete() < guess):
             run.save(step)
             label_target(s, run, target, pseudo, guess, s.pseudo, prior, bought)
@@ -347,12 +347,11 @@ def train_cbst(s: Settings, out: Path, device: torch.device) -> dict:
         local = step - starts[number - 1]
         if local == 0:
             note_before(s, run, run.model, validation, step)
-        if local == 0 and first_says(rounds.complete() < number):
-            run.save(step)
-            if s.strategy == "cbst-sp" and prior is None:
-                prior = source_prior(s, source, device)
-            label_target(s, run, target, rounds, number, s.strategy, prior)
-        if local == 0:
+            if first_says(rounds.complete() < number):
+                run.save(step)
+                if s.strategy == "cbst-sp" and prior is None:
+                    prior = source_prior(s, source, device)
+                label_target(s, run, target, rounds, number, s.strategy, prior)
             run.optimizer.state.clear()  # no momentum from the last round (D28)
         if step == start or local == 0:
             iterator = round_batches(s, source, target, rounds, number, chosen[number - 1], local)
@@ -844,5 +843,4 @@ def run_strategy(s: Settings, out: Path, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    escape_output()
-    sys.exit(main())
+    run_command(main)

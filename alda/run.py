@@ -533,9 +533,8 @@ def started_with(out: Path) -> str:
         script = Path(sys.argv[0])
     own = script.suffix == ".py" and script.is_file() and script.name != "__main__.py"
     own = own and script.resolve().parent != Path(__file__).resolve().parent
-    python = "python" if processes == 1 else f"torchrun --nproc_per_node {here}"
-    if processes > here:
-        python = python.replace("torchrun", f"torchrun --nnodes {processes // here}")
+    machines = f"--nnodes {processes // here} " if processes > here else ""
+    python = "python" if processes == 1 else f"torchrun {machines}--nproc_per_node {here}"
     return f"{python} {shlex.quote(str(script)) if own else '-m alda.loop'}"
 
 

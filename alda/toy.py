@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from alda import InputError, escape_output
+from alda import InputError, run_command
 from alda.datasets import CLASSES
 
 VERSION = 1  # raise it when the same seed gives other files
@@ -964,9 +964,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    escape_output()
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    run_command(main)

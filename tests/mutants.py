@@ -605,10 +605,10 @@ loop | run-st run-cbst-sp | ST runs as CBST
 -number, s.strategy, prior)
 +number, "cbst-sp" if s.strategy == "cbst-sp" else "cbst", prior)
 loop | equations run-cbst-sp | the priors of CBST-SP are those of the target's truth
--                prior = source_prior(s, source, device)
--            label_target
-+                prior = source_prior(s, target, device)
-+            label_target
+-                    prior = source_prior(s, source, device)
+-                label_target
++                    prior = source_prior(s, target, device)
++                label_target
 loop | run-cbst rates | CBST starts from the weights before the source training
 -return replace(s, init=str(last))
 +return s

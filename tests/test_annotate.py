@@ -64,10 +64,8 @@ def request(server, method, path, body=None, **headers):
     """(status, bytes) of a request as it stands, no part of it corrected on the way."""
     link = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
     link.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
-    given = {
-        "Host": f"localhost:{server.server_port}",
-        **{k.replace("_", "-"): v for k, v in headers.items()},
-    }
+    given = {k.replace("_", "-"): v for k, v in headers.items()}
+    given = {"Host": f"localhost:{server.server_port}", **given}
     if body is not None:
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         given = {"Content-Type": "application/json", "Content-Length": str(len(body)), **given}
@@ -140,20 +138,12 @@ def test_who_may_ask(serve):
     server = serve("pixel")
     own = f"/{server.token}/"
     port = server.server_port
-    for host in (
-        f"example.com:{port}",
-        "127.0.0.1.example.com",
-        "localhost:x",
-        "",
-        f"[::1]:{port}",
-    ):
+    others = (f"example.com:{port}", "127.0.0.1.example.com", "localhost:x", "", f"[::1]:{port}")
+    for host in others:
         assert request(server, "GET", own, Host=host)[0] == 403, host
         assert post(server, {"image": 0}, Host=host)[0] == 403
-    for host in (
-        f"localhost:{port}",
-        f"127.0.0.1:{port + 1}",
-        "127.0.0.1",
-    ):  # the last two: a tunnel
+    # the last two: an ssh tunnel's
+    for host in (f"localhost:{port}", f"127.0.0.1:{port + 1}", "127.0.0.1"):
         assert request(server, "GET", own, Host=host)[0] == 200, host
     other = "A" + server.token[1:] if server.token[0] != "A" else "B" + server.token[1:]
     for path in ("/", "", "x", f"/{other}/", f"/{server.token}", f"/{server.token[:-1]}/"):

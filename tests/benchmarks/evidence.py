@@ -114,9 +114,7 @@ def adapt(args, common: list[str], row: str, seed: int) -> dict:
     strategy, variants, pseudo, budget = split(row)
     world = WORLDS[args.world]
     steps, rate = world.adapt
-    start = folder_of(args, "source-only", seed)
-    if "strong" in variants:
-        start = folder_of(args, STRONG, seed)
+    start = folder_of(args, STRONG if "strong" in variants else "source-only", seed)
     options = [*common, "--strategy", strategy, "--seed", str(seed)]
     options += ["--init", str(start / "checkpoints/last.pt")]
     if strategy == "stal":
@@ -309,15 +307,14 @@ def main() -> None:
     common += ["--root", args.root or "toy"]
     common += ["--net", "deeplabv3plus", "--backbone", "mobilenet_v2", "--threads", "1"]
     common += ["--pictures", "0", "--workers", "0"]
-    jobs = [("source-only", seed) for seed in args.seeds]
-    jobs += [(row, seed) for row in args.rows for seed in args.seeds]
-    results: dict[str, dict[int, dict]] = {row: {} for row, _ in jobs}
+    results: dict[str, dict[int, dict]] = {row: {} for row in ("source-only", *args.rows)}
+    starts = ["source-only"] + [STRONG] * any("strong" in split(row)[1] for row in args.rows)
 
     recorded = read_record(args.record)
 
     def run(job):
         row, seed = job
-        if job in recorded and (args.only_table or row != "source-only"):
+        if job in recorded and (args.only_table or row not in starts):
             return recorded[job]
         if args.only_table:
             path = folder_of(args, row, seed) / "result.json"
@@ -328,17 +325,11 @@ def main() -> None:
         options += ["--steps", str(world.start[0]), "--lr", str(world.start[1])]
         return train(folder_of(args, row, seed), common + options)
 
-    # every row needs its start
-    strong = [row for row in args.rows if "strong" in split(row)[1]]
-    again = [seed for seed in args.seeds if any((row, seed) not in recorded for row in strong)]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        if again and not args.only_table:
-            [*pool.map(run, jobs[: len(args.seeds)])]
-            [*pool.map(lambda seed: adapt(args, common, STRONG, seed), again)]
-    for part in (jobs[: len(args.seeds)], jobs[len(args.seeds) :]):
+    for rows in (*([start] for start in starts), args.rows):  # every row needs its start
+        part = [(row, seed) for row in rows for seed in args.seeds]
         with ThreadPoolExecutor(args.jobs) as pool:
             for (row, seed), result in zip(part, pool.map(run, part), strict=True):
-                if result is not None:
+                if result is not None and row in results:
                     results[row][seed] = result
     if args.record:
         add_to_record(args.record, results)
