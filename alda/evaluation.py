@@ -56,7 +56,6 @@ from alda.datasets import (
     write_atomic,
 )
 from alda.distributed import all_reduce, broadcast_buffers, share
-from alda.pictures import new_figure
 from alda.run import one_line_errors
 from alda.settings import MAY_CHANGE
 
@@ -504,15 +503,22 @@ def comparison_text(rows: list[dict]) -> str:
     return mark + alike + "\n" + "\n".join(table) + means_text(rows)
 
 
+def new_figure():
+    """(figure, axes) of matplotlib, which is optional (InputError)."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(6, 4), layout="constrained")  # inches
+    return figure, figure.subplots()
+
+
 def comparison_picture(runs: list[str], rows: list[dict], path: Path, over: str = "budget") -> None:
     """mIoU19 over the share of target pixels asked, or `over` the "steps" (what --eval-every scored):
     the mean over seeds in a band of +- their standard deviation; the runs are dots. Over budgets a line
     is a strategy's (each point a recipe's), over steps a recipe's. What asks nobody, or has all labels,
     is a level line for each recipe. Needs matplotlib (InputError)."""
-    drawing = new_figure((6, 4))
-    if drawing is None:
-        raise InputError("--plot needs matplotlib: pip install matplotlib")
-    figure, axes = drawing
+    figure, axes = new_figure()
     alike = len({(row["source"], row["network"]) for row in rows}) == 1
     lines: dict[str, dict] = {}  # name: {(place, recipe): [(x, mIoU19) of each seed]}
     for run, row in zip(runs, rows, strict=True):

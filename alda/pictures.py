@@ -3,7 +3,7 @@
     from alda.pictures import sheet
     sheet({"image": image, "prediction": prediction}).save("look.png")     # (3,H,W) uint8, (H,W) uint8
 
-Pillow draws everything; matplotlib is optional and adds the class histograms of the rounds.
+Pillow draws everything.
 Axes: H rows, W columns. A panel is an RGB image (3,H,W) uint8, a label map (H,W) uint8 (class
 colours), a bool map, or a float map (grey, stretched from its minimum to its maximum).
 """
@@ -121,23 +121,25 @@ def save_round(panels: dict, now: torch.Tensor, before: torch.Tensor, path: Path
     save_sheet({title: photograph, **dict(others)}, path)
 
 
-def bars(values: dict[str, int], size: tuple[int, int]) -> Image.Image:
-    """A bar for each class, in its colour, of its share of all `values`; `size` is (H, W). In two
-    columns where the names would be crowded in one."""
+def bars(values: dict[str, int], size: tuple[int, int], wanted: float = 0.0) -> Image.Image:
+    """A bar for each class, in its colour, of its share of all `values`, with a black line at the share
+    `wanted` of each; `size` is (H, W). In two columns where the names would be crowded in one."""
     picture = Image.new("RGB", (size[1], size[0]), "white")
     draw, total = ImageDraw.Draw(picture), max(1, sum(values.values()))
-    largest, font = max(1, *values.values()), ImageFont.load_default(11)
+    largest, font = max(1, wanted * total, *values.values()), ImageFont.load_default(11)
     columns = 1 if size[0] >= 15 * len(values) else 2
     rows, width = -(-len(values) // columns), size[1] // columns
-    step = (size[0] - 4) / rows
+    step, line = (size[0] - 4) / rows, (width - 122) * wanted * total / largest
     for i, (name, value) in enumerate(values.items()):
         x, y = i // rows * width, 2 + i % rows * step
         length = (width - 122) * value / largest
         colour = CLASSES[i].colour if len(values) == NUM_CLASSES else (90, 90, 90)
         draw.text((x + 2, y + step / 2), name, fill="black", font=font, anchor="lm")
         draw.rectangle((x + 76, y + 1, x + 76 + length, y + max(1, step - 3)), fill=colour)
-        share = f"{100 * value / total:.1f} %"
-        draw.text((x + 80 + length, y + step / 2), share, fill="black", font=font, anchor="lm")
+        if wanted:
+            draw.rectangle((x + 75 + line, y + 1, x + 76 + line, y + step - 3), fill="black")
+        share, after = f"{100 * value / total:.1f} %", x + 80 + max(length, line)
+        draw.text((after, y + step / 2), share, fill="black", font=font, anchor="lm")
     return picture
 
 
@@ -191,37 +193,12 @@ def save_story(
     save_sheet(story, path)
 
 
-# ---------------------------------------------------------------------------------------- matplotlib
-
-
-def new_figure(size: tuple[float, float]):
-    """(figure, axes) of matplotlib in inches, or None where matplotlib is not installed (it is
-    optional)."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots()
-
-
 def class_picture(classes: dict[str, int], path: Path, balanced: bool) -> None:
     """Bars of the labelled pixels per class (shares) as a PNG; with `balanced` against CBDA's uniform
-    target distribution. Without matplotlib the bars alone."""
+    target distribution."""
+    picture = Image.new("RGB", (640, 340), "white")
+    title = "labelled pixels by class" + balanced * "; black lines: the target distribution"
+    ImageDraw.Draw(picture).text((2, 2), title, fill="black", font=ImageFont.load_default(12))
+    picture.paste(bars(classes, (320, 640), balanced / NUM_CLASSES), (0, 20))
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawing = new_figure((9, 3))
-    if drawing is None:
-        write_atomic(path, lambda file: bars(classes, (320, 640)).save(file, "PNG"))
-        return
-    figure, axes = drawing
-    total = max(1, sum(classes.values()))
-    colours = [tuple(v / 255 for v in c.colour) for c in CLASSES]
-    shares = [n / total for n in classes.values()]
-    axes.bar(range(NUM_CLASSES), shares, color=colours, label="labelled so far")
-    if balanced:
-        uniform = [1 / NUM_CLASSES] * NUM_CLASSES
-        axes.plot(range(NUM_CLASSES), uniform, "k_", markersize=14, label="target distribution")
-    axes.set_xticks(range(NUM_CLASSES), classes, rotation=60, ha="right")
-    axes.set_ylabel("share of labelled pixels")
-    axes.legend()
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=80))
+    write_atomic(path, lambda file: picture.save(file, "PNG"))

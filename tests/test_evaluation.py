@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from PIL import Image
 from alda import InputError, deeplab
 from alda import evaluation as E
 from alda.datasets import CLASSES, SegmentationDataset, open_dataset
-from alda.pictures import new_figure
 from alda.settings import settings_for
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -378,7 +378,15 @@ def finished(folder, strategy="ripu", miou=0.5, protocol="ripu (64x32)", **more)
     return str(folder)
 
 
-def test_a_curve_is_the_mean_over_seeds_in_a_band(tmp_path, monkeypatch):
+@pytest.fixture
+def figures(monkeypatch):
+    """The (figure, axes) that a test's commands draw."""
+    drawn, new_figure = [], E.new_figure
+    monkeypatch.setattr(E, "new_figure", lambda: drawn.append(new_figure()) or drawn[-1])
+    return drawn
+
+
+def test_a_curve_is_the_mean_over_seeds_in_a_band(tmp_path, figures):
     """Two seeds of one recipe are one line with a band of their deviation; over the steps the scores
     along the way, the one before the first round and the last are its points."""
     runs = []
@@ -391,12 +399,10 @@ def test_a_curve_is_the_mean_over_seeds_in_a_band(tmp_path, monkeypatch):
         (folder / "config.json").write_text(json.dumps(config))
         lines = [{"step": 3, "losses": {}}, {"step": 4, "mIoU19": scores[0]}]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    seen = []
-    monkeypatch.setattr(E, "new_figure", lambda size: seen.append(new_figure(size)) or seen[-1])
     for over, expected in (("budget", [50.0]), ("steps", [12.5, 25.0, 50.0])):
         words = ["compare", *runs, "--plot", str(tmp_path / f"{over}.png"), "--over", over]
         assert E.main(words) == 0
-        axes = seen[-1][1]
+        axes = figures[-1][1]
         line = next(x for x in axes.lines if "n = 2" in str(x.get_label()))
         assert line.get_ydata() == pytest.approx(expected)
         if over == "steps":
@@ -407,32 +413,35 @@ def test_a_curve_is_the_mean_over_seeds_in_a_band(tmp_path, monkeypatch):
         )
 
 
-def test_each_recipe_that_asks_nobody_is_a_level_line_of_its_own(tmp_path, monkeypatch):
+def test_each_recipe_that_asks_nobody_is_a_level_line_of_its_own(tmp_path, figures):
     budget = {"asked": 0, "share": 0.0, "images": 0, "trained": 0, "class_entropy": 0.0}
     runs = [finished(tmp_path / m, "source-only", float(m), budget=budget) for m in ("0.2", "0.4")]
     path = tmp_path / "0.4" / "config.json"
     path.write_text(path.read_text().replace('"settings": {', '"settings": {"lr": 9.0, '))
-    seen = []
-    monkeypatch.setattr(E, "new_figure", lambda size: seen.append(new_figure(size)) or seen[-1])
     assert E.main(["compare", *runs, "--plot", str(tmp_path / "x.png")]) == 0
-    lines = seen[-1][1].lines
+    lines = figures[-1][1].lines
     assert [line.get_ydata()[0] for line in lines] == pytest.approx([20, 40])
     assert len({line.get_label() for line in lines}) == len({x.get_color() for x in lines}) == 2
+
+
+def test_without_matplotlib_a_plot_is_refused(tmp_path, monkeypatch, capsys):
+    run = finished(tmp_path / "run", "ripu", 0.2)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert E.main(["compare", run, "--plot", str(tmp_path / "x.png")]) == 2
+    assert capsys.readouterr().err.endswith("--plot needs matplotlib: pip install matplotlib\n")
 
 
 def test_a_source_free_run_has_a_name_of_its_own():
     assert E.strategy_text({"strategy": "ripu"}, {"source_free": "x.pt"}) == "ripu source-free"
 
 
-def test_what_asks_nobody_or_knows_all_is_a_level_line(tmp_path, monkeypatch):
+def test_what_asks_nobody_or_knows_all_is_a_level_line(tmp_path, figures):
     runs = []
     for name, share in (("source-only", 0.0), ("full", 1.0), ("ripu", 0.05)):
         budget = {"asked": 1, "share": share, "images": 3, "trained": 20, "class_entropy": 0.8}
         runs.append(finished(tmp_path / name, name, budget=budget))
-    seen = []
-    monkeypatch.setattr(E, "new_figure", lambda size: seen.append(new_figure(size)) or seen[-1])
     assert E.main(["compare", *map(str, runs), "--plot", str(tmp_path / "x.png")]) == 0
-    lines = {line.get_label(): [*line.get_xdata()] for line in seen[-1][1].lines[:3]}
+    lines = {line.get_label(): [*line.get_xdata()] for line in figures[-1][1].lines[:3]}
     assert lines == {"source-only": [0, 1], "full": [0, 1], "ripu": [5.0]}  # level: axes' shares
 
 

@@ -256,13 +256,9 @@ def print_classes(results: dict[str, dict[int, dict]]) -> None:
 def draw(results: dict[str, dict[int, dict]], path: Path, world: str) -> None:
     """The picture of `alda.evaluation compare --plot`, from a record: mIoU over the share of pixels
     asked, a line a row without its budget, bands of +- the standard deviation over the seeds."""
-    from alda.evaluation import draw_curve  # here: they bring torch, which no table needs
-    from alda.pictures import new_figure
+    from alda import evaluation  # here: it brings torch, which no table needs
 
-    drawing = new_figure((6, 4))
-    if drawing is None:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib")
-    figure, axes = drawing
+    figure, axes = evaluation.new_figure()
     lines: dict[str, dict[str, list]] = {}
     for row, runs in results.items():
         name, _, budget = row.partition("@")
@@ -271,7 +267,7 @@ def draw(results: dict[str, dict[int, dict]], path: Path, world: str) -> None:
             lines.setdefault(name, {})[budget] = [*zip(*points, strict=True)]
     for number, (name, places) in enumerate(lines.items()):
         groups = sorted(places.values())
-        draw_curve(axes, name, groups, level="" in places, color=f"C{number}")
+        evaluation.draw_curve(axes, name, groups, level="" in places, color=f"C{number}")
     axes.set_xlim(left=0)
     axes.set_xlabel("target pixels asked [%]")
     axes.set_ylabel(f"mIoU19 [%], world: {world}")
