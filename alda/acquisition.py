@@ -265,9 +265,9 @@ def entropy_and_prediction(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Te
         # a logit of -inf has p = 0 and contributes nothing: -inf * 0 must not become NaN
         entropies.append(total.log() - (e * z.clamp(min=-1e30)).sum(-3) / total)
         first = torch.zeros_like(total, dtype=torch.uint8)
-        for c in range(num_classes - 1, 0, -1):
+        for c in reversed(range(num_classes)):  # the lowest class last: it wins
             first.masked_fill_(z.select(-3, c) == 0, c)
-        prediction.append(first.masked_fill_(z.select(-3, 0) == 0, 0))
+        prediction.append(first)
     entropies = torch.cat(entropies, -2).div_(math.log(num_classes)).clamp_(min=0)
     return entropies, torch.cat(prediction, -2)
 
@@ -568,10 +568,6 @@ class GlobalBudget:
             if len(centres):
                 picks[name] = torch.from_numpy(centres.astype(np.int64))
         return picks
-
-    def scores(self) -> dict:
-        """{image_id: (n,) float32} of the picks of this process's images, as `select` gave them."""
-        return {name: torch.from_numpy(values) for name, (values, _) in self.images.items()}
 
     def _keep_best(self, total, gather) -> float | None:
         """Cuts every image to its picks among the `count` best of all; returns the lowest score

@@ -151,7 +151,7 @@ class OpenRound:
             if "pick" in message:
                 self.answer_pick(index, state, message)
             elif self.record["unit"] == "image":
-                self.change_polygons(index, state, message)
+                self.change_polygons(state, message)
             else:
                 raise Refused(400, "no such question")
             state["seconds"] = round(state["seconds"] + seconds_of(message), 2)
@@ -175,7 +175,7 @@ class OpenRound:
         state["corrections"] += any(old is not None and old != new for old, new in pairs)
         picks[pick] = answer if any(part is not None for part in parts) else None
 
-    def change_polygons(self, index: int, state: dict, message: dict) -> None:
+    def change_polygons(self, state: dict, message: dict) -> None:
         """Adds or removes a polygon of a whole image, or says that the image is finished."""
         if "add" in message:
             new = message["add"] if isinstance(message["add"], dict) else {}

@@ -67,7 +67,7 @@ class Rounds:
 
     def __init__(self, folder: str | Path, names: tuple[str, ...] = NAMES):
         self.folder, self.names = Path(folder), tuple(names)
-        self.sums: dict[int, dict[str, str] | None] = {}  # of the rounds read so far, see `files`
+        self.sums: dict[int, dict[str, str]] = {}  # of the rounds read so far, see `files`
 
     def complete(self) -> int:
         """How many rounds stand. Raises InputError when their numbers have a gap (a folder was
@@ -103,13 +103,12 @@ class Rounds:
         record.pop("files", None)
         return record
 
-    def files(self, number: int) -> dict[str, str] | None:
-        """{"answers/IMAGE.png": sha256, ...}: the files that round `number` was completed with; None
-        for a round of an earlier version, which did not say."""
+    def files(self, number: int) -> dict[str, str]:
+        """{"answers/IMAGE.png": sha256, ...}: the files that round `number` was completed with."""
         if number not in self.sums:
             path = self.path(number) / "round.json"
-            sums = read_json(path).get("files")
-            if sums is not None and not isinstance(sums, dict):
+            sums = read_json(path, "files")["files"]
+            if not isinstance(sums, dict):
                 raise InputError(f"{path}: 'files' is no table of sums; restore it from a copy")
             self.sums[number] = sums
         return self.sums[number]
@@ -119,12 +118,6 @@ class Rounds:
         since the round was completed."""
         for number in range(1, self.complete() + 1):
             folder, sums, _ = self.path(number), self.files(number), self.record(number)
-            if sums is None:
-                print(
-                    f"{folder}: of an earlier version, has no sums of its files; not checked",
-                    flush=True,
-                )
-                continue
             for name, value in sums.items():
                 checked_bytes(folder / name, value)
             found = {path.relative_to(folder).as_posix() for path in folder.rglob("*.png")}
@@ -138,8 +131,6 @@ class Rounds:
         `number`; `default` everywhere for an image that the round does not hold."""
         name = f"{part}/{file_name(image_id)}.png"
         path, sums = self.path(number) / name, self.files(number)
-        if sums is None:  # an earlier version: what is there
-            return read_map(path, shape, default)
         if name not in sums:
             return torch.full(tuple(shape), default, dtype=torch.uint8)
         return decode_map(path, checked_bytes(path, sums[name]), shape)

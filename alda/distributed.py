@@ -3,8 +3,9 @@
     torchrun --nproc_per_node 4 -m alda.loop --strategy stal ...
     rank, world = rank_and_world()                  # (0, 1) without torchrun
 
-Without torchrun every function here returns its input or does nothing. All but `rank_and_world`,
-`is_first`, `share` and `say` are collective: every process has to call them, in the same order.
+Without torchrun no process is waited for. All but `world_size`, `check_environment`,
+`rank_and_world`, `is_first`, `share` and `say` are collective: every process has to call them, in
+the same order.
 
 What the processes share: --batch is the whole step's, each process gets batch / processes of its
 samples, and a loss is the mean over the pixels of all of them (`mean_count`). A pass over images is

@@ -113,8 +113,6 @@ def summary(matrix: torch.Tensor, names: tuple[str, ...] = NAMES) -> dict:
         raise ValueError(f"{len(names)} names for a matrix of {len(matrix)} classes")
     sets = CLASS_SETS if tuple(names) == NAMES else {str(len(names)): tuple(range(len(names)))}
     matrix = matrix.cpu()
-    values = iou(matrix)
-    present = ~values.isnan()
     result: dict = {}
     for name, members in sets.items():
         counted = matrix.clone()
@@ -124,14 +122,12 @@ def summary(matrix: torch.Tensor, names: tuple[str, ...] = NAMES) -> dict:
         kept = kept[~kept.isnan()]
         result[f"mIoU{name}"] = kept.mean().item() if len(kept) else None
         result[f"classes{name}"] = len(kept)
-    there = [i for i in range(len(values)) if present[i]]
-    lowest = min(there, key=lambda i: values[i].item(), default=None)
-    result["lowest"] = None
-    if lowest is not None:
-        result["lowest"] = {"class": names[lowest], "IoU": values[lowest].item()}
-    pairs = list(zip(names, values.tolist(), present.tolist(), strict=True))
-    result["IoU"] = {name: value if there else None for name, value, there in pairs}
-    result["absent"] = [name for name, _, there in pairs if not there]
+    scores = zip(names, iou(matrix).tolist(), strict=True)
+    there = {name: value for name, value in scores if not math.isnan(value)}
+    lowest = min(there, key=there.get, default=None)
+    result["lowest"] = {"class": lowest, "IoU": there[lowest]} if there else None
+    result["IoU"] = {name: there.get(name) for name in names}
+    result["absent"] = [name for name in names if name not in there]
     return result
 
 
@@ -803,7 +799,7 @@ def _command(args: argparse.Namespace) -> int:
     )
     if args.command == "predict":
         number = write_predictions(model, dataset, protocol, device, args.to)
-        print(f"{number} predictions (Cityscapes label ids) in {args.to}")
+        print(f"{number} predictions in {args.to}")
         return 0
     scored = "its checkpoint is scored as it is"
     result = {

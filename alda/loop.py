@@ -105,12 +105,12 @@ from alda.run import (
     transform_of,
 )
 from alda.selftraining import (
-    cbst_learning_rate,
+    cbst_rate,
     drop_share,
     mine_patch,
+    portion_of_round,
     rare_classes,
     reliable_pseudo_labels,
-    source_portion,
     update_teacher,
 )
 from alda.settings import SCHEDULED, SELF_TRAINING, Settings, parse, poly_length, settings_for
@@ -119,7 +119,6 @@ from alda.stal import (
     contrast_sets,
     cut,
     draw_others,
-    follow,
     paste,
     plain_logits,
     predicted,
@@ -129,6 +128,7 @@ from alda.stal import (
     taught,
     train_mode,
     unlabelled_loss,
+    update_teacher_and_buffers,
 )
 
 
@@ -157,39 +157,40 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
     schedule = [] if s.strategy in ("source-only", "full") else query_schedule(s)
     if schedule:
         check_budget(s, target)
-    guesses = pseudo_schedule(s, schedule)
+    pseudo_steps = pseudo_schedule(s, schedule)
     rounds, pseudo = Rounds(out / "rounds"), Rounds(out / "pseudo")
     run = Run(s, out, device)
     if source is not None and target is not None:
         warn_of_two_sizes(s, run)
+    teacher = None
     if s.teacher:
         check_no_padding(s, target)
-    teacher = copy.deepcopy(run.model).requires_grad_(False) if s.teacher else None
-    run.parts = {"teacher": teacher} if s.teacher else {}
+        teacher = copy.deepcopy(run.model).requires_grad_(False)
+        run.parts = {"teacher": teacher}
     start = run.resume()
     check_complete(rounds, schedule, start)
-    check_complete(pseudo, guesses, start)
+    check_complete(pseudo, pseudo_steps, start)
     prior = source_prior(s, source, device) if s.pseudo == "cbst-sp" else None
     source_batches = None if source is None else batches(s, source, start, stream=1, labels_of=None)
     target_batches = None
 
     for step in range(start, s.steps):
-        number, guess = bisect_right(schedule, step), bisect_right(guesses, step)
+        number, pseudo_number = bisect_right(schedule, step), bisect_right(pseudo_steps, step)
         bought = partial(bought_labels, target, rounds, number)
         if step in schedule:
             note_before(s, run, teacher or run.model, validation, step)
             if first_says(rounds.complete() < number):
                 run.save(step)
                 ask_pixels(s, run, target, rounds, number)
-        if step in guesses and first_says(pseudo.complete() < guess):
+        if step in pseudo_steps and first_says(pseudo.complete() < pseudo_number):
             run.save(step)
-            label_target(s, run, target, pseudo, guess, s.pseudo, prior, bought)
-        if target is not None and step in (start, *schedule, *guesses):  # labels have changed
+            label_target(s, run, target, pseudo, pseudo_number, s.pseudo, prior, bought)
+        if target is not None and step in (start, *schedule, *pseudo_steps):  # labels have changed
             known = bought
             if s.strategy == "full":
                 known = None  # the dataset's own labels
-            elif guess:
-                known = partial(bought_and_pseudo, target, rounds, number, pseudo, guess)
+            elif pseudo_number:
+                known = partial(bought_and_pseudo, target, rounds, number, pseudo, pseudo_number)
             target_batches = batches(s, target, step, stream=2, labels_of=known)
 
         run.set_rate(poly(step, poly_length(s)))
@@ -218,7 +219,7 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
             losses.append(L)
         run.optimizer.step()
         if s.teacher:
-            follow(teacher, run.model, step, s.ema)
+            update_teacher_and_buffers(teacher, run.model, step, s.ema)
         run.log(step + 1, *losses)
         evaluate_and_save(s, run, teacher, validation, step + 1)
 
@@ -226,7 +227,7 @@ def train_queries(s: Settings, out: Path, device: torch.device) -> dict:
         **final_scores(s, run, teacher, validation),
         **report(s, run, source, target, rounds),
         **({"cbda": s.cbda} if s.strategy == "cbda" else {}),
-        **({"pseudo": s.pseudo, "pseudo_rounds": records_of(pseudo)} if guesses else {}),
+        **({"pseudo": s.pseudo, "pseudo_rounds": records_of(pseudo)} if pseudo_steps else {}),
     }
     draw_story(s, run, teacher or run.model, target, rounds, schedule, result)
     return result
@@ -303,10 +304,11 @@ def losses_of_queries(s: Settings, source, source_logits, target, target_logits)
             labels = torch.where(guessed, labels - PSEUDO, IGNORE)
             loss["pseudo"] = cross_entropy(target_logits, labels)
         if s.teacher:
-            guesses = target[2:]  # none before the first round, and with --unlabelled 0
+            # labels and confidences; none before the first round, and with --unlabelled 0
+            by_teacher = target[2:]
             loss["unlabelled"] = target_logits.sum() * 0
-            if guesses:
-                loss["unlabelled"] = unlabelled_loss(s, target_logits, *guesses)
+            if by_teacher:
+                loss["unlabelled"] = unlabelled_loss(s, target_logits, *by_teacher)
         if s.negative:
             loss["negative"] = negative_learning(target_logits.softmax(1))
     return loss
@@ -356,7 +358,7 @@ def train_cbst(s: Settings, out: Path, device: torch.device) -> dict:
         if step == start or local == 0:
             iterator = round_batches(s, source, target, rounds, number, chosen[number - 1], local)
 
-        run.set_rate(cbst_learning_rate(1.0, number - 1))
+        run.set_rate(cbst_rate(number - 1))
         losses, batch = [], next_batch(iterator, device)
         run.optimizer.zero_grad(set_to_none=True)
         for ((images, labels, _),) in run.micro_batches(batch):
@@ -386,7 +388,7 @@ def source_counts(s: Settings, images: int) -> list[int]:
     """How many of the source `images` each round trains on, rounded down."""
     counts = []
     for n in range(s.rounds):
-        share = source_portion(n, s.source_portion, s.source_portion_step, s.source_portion_max)
+        share = portion_of_round(n, s.source_portion, s.source_portion_step, s.source_portion_max)
         counts.append(max(1, int(share * images)))
     return counts
 
@@ -500,7 +502,7 @@ def train_stal(s: Settings, out: Path, device: torch.device) -> dict:
         generator, bank = step_generator(s, step, device), state.bank
         others = draw_others(s, state, step, generator)
         batch, other = next_batch(labelled, device), next_batch(pasted, device)
-        images, labels = paste(s, batch, other, state.confidence.value, generator)
+        images, labels = paste(batch, other, state.confidence.value, generator)
         L, health = dict.fromkeys(("supervised", "unlabelled", "contrastive"), 0.0), {}
         with run.autocast():  # passes 1 and 2: student and teacher, in train mode, labelled images
             logits, features, auxiliary = run.forward(images, extras=True)
@@ -800,7 +802,8 @@ def ready_folder(s: Settings, out: Path):
         try:
             if s.root == "toy":
                 toy.ensure("toy")
-            yield prepare(s)
+            prepare(s, out)
+            yield
         except (InputError, FloatingPointError, OSError):
             if new and not any((out / part).exists() for part in TRACES):
                 (out / "config.json").unlink(missing_ok=True)
@@ -812,19 +815,12 @@ def run_strategy(s: Settings, out: Path, device: torch.device) -> None:
     """Runs the strategy's loop; the first process writes result.json and prints the scores."""
     rank, world = rank_and_world()
     mark = "TOY " if s.root == "toy" else ""
-    if rank == 0:
-        epochs = s.epochs and s.strategy not in SCHEDULED
-        length = f"{s.epochs} epochs a round" if epochs else f"{s.steps} steps"
-        where = f"{device}" if world == 1 else f"{world} processes ({device.type})"
-        print(
-            f"{mark}{s.strategy}: {s.src} -> {s.tgt}, {length} on {where}, run folder {out}",
-            flush=True,
-        )
-    if world > 1 and device.type == "cpu" and rank == 0:
-        print(
-            "batch norm is not synchronised on CPUs: each process normalises its own images",
-            flush=True,
-        )
+    epochs = s.epochs and s.strategy not in SCHEDULED
+    length = f"{s.epochs} epochs a round" if epochs else f"{s.steps} steps"
+    where = f"{device}" if world == 1 else f"{world} processes ({device.type})"
+    say(f"{mark}{s.strategy}: {s.src} -> {s.tgt}, {length} on {where}, run folder {out}")
+    if world > 1 and device.type == "cpu":
+        say("batch norm is not synchronised on CPUs: each process normalises its own images")
     loops = {"stal": train_stal, **dict.fromkeys(SELF_TRAINING, train_cbst)}
     train = loops.get(s.strategy, train_queries)
     with one_line_errors():

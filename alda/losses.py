@@ -136,13 +136,10 @@ def ohem_cross_entropy(
     loss = F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORE, reduction="none")
     labelled = labels != IGNORE
     prob = (-loss.detach()).exp().masked_fill(~labelled, 2.0)  # ignored pixels rank last
-    if min_kept >= labels.numel():
-        kept = labelled
-    # the kthvalue is 2, and all labelled pixels are kept, where fewer than min_kept are labelled
-    elif min_kept > 0:
-        kept = (prob <= prob.flatten().kthvalue(min_kept).values.clamp(min=threshold)) & labelled
-    else:
-        kept = (prob <= threshold) & labelled
+    if min_kept > 0:  # where fewer are labelled the kthvalue is 2, and all of them are kept
+        rank = min(min_kept, prob.numel())
+        threshold = prob.flatten().kthvalue(rank).values.clamp(min=threshold)
+    kept = (prob <= threshold) & labelled
     # STAL Eq. (2): L_s, the mean of -log p_i[y_i], here over the hard pixels
     return (loss * kept).sum() / mean_count(kept)
 

@@ -63,21 +63,20 @@ def fit(shape, width: int) -> tuple[int, int]:
     return max(1, round(shape[-2] * width / shape[-1])), width
 
 
-def sheet(panels: dict[str, torch.Tensor | Image.Image], legend: bool = True) -> Image.Image:
+def sheet(panels: dict[str, torch.Tensor | Image.Image]) -> Image.Image:
     """Titled panels in two rows that fit a screen, the first one large over both, with the colours of
     the classes below."""
     first, *others = panels.items()
     height, width = fit(first[1].shape, WIDTH)
     columns = -(-len(others) // 2)
     large = 2 * height + TITLE + GAP, 2 * width + GAP
-    total = (large[1] + columns * (width + GAP), large[0] + TITLE + (58 if legend else 0))
+    total = (large[1] + columns * (width + GAP), large[0] + TITLE + 58)
     picture = Image.new("RGB", total, "white")
     place_panel(picture, first, (0, 0), large)
     for i, panel in enumerate(others):
         at = large[1] + GAP + i // 2 * (width + GAP), i % 2 * (height + TITLE + GAP)
         place_panel(picture, panel, at, (height, width))
-    if legend:
-        draw_legend(picture, large[0] + TITLE + 6)
+    draw_legend(picture, large[0] + TITLE + 6)
     return picture
 
 

@@ -64,9 +64,9 @@ from alda.run import Run, check_folder
 from alda.selftraining import (
     ConfidenceHistogram,
     cbst_pseudo_labels,
+    portion_of_round,
     pseudo_label_statistics,
     spatial_prior,
-    target_portion,
 )
 from alda.settings import QUERIES, Settings
 
@@ -536,7 +536,7 @@ def label_target(
     for _, _, prob in over_target(s, run, target, mirrored_probabilities, indices=own):
         histogram.add(prob, at_size(prior, prob))
     histogram.add_up()
-    portion = target_portion(number - 1, s.portion, s.portion_step, s.portion_max)
+    portion = portion_of_round(number - 1, s.portion, s.portion_step, s.portion_max)
     thresholds = histogram.thresholds(portion, balanced=kind != "st")
     if is_first():
         work = begin_folder(pseudo.path(number), ("labels",))

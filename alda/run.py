@@ -200,9 +200,6 @@ class Run:
         """Yields the step's batches in --accumulate equal parts, a tuple each, None where there is no
         batch; the caller adds up the parts' gradients. Processes exchange them with the last."""
         n = self.s.accumulate
-        if n == 1:
-            yield batches
-            return
         cut = []
         for batch in batches:
             there = [x.chunk(n) for x in batch or ()]
@@ -248,13 +245,8 @@ class Run:
         }
         self.write_metrics(line)
         text = " ".join(f"{name} {value:.4f}" for name, value in means.items())
-        if self.rank:
-            return
         left = f"{int(eta // 60)}:{int(eta % 60):02d}"
-        print(
-            f"step {step}/{s.steps} | {text} | {rate:.2f} step/s, ETA {left}, peak {memory:.2f} GB",
-            flush=True,
-        )
+        say(f"step {step}/{s.steps} | {text} | {rate:.2f} step/s, ETA {left}, peak {memory:.2f} GB")
 
     def wall_s(self) -> float:
         """The seconds that the run has taken so far: of this process, and of those before it up to the line
@@ -374,22 +366,21 @@ class Run:
             self.forget_after(0)
             return 0
         try:
-            step = self.restore(state)
+            step, lines = self.restore(state), state["lines"]
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InputError(
                 f"{path}: is no checkpoint of this run ({type(error).__name__}: "
                 f"{' '.join(str(error).split())[:160]}); restore the run's own, or use another --out"
             ) from None
         self.forget_after(step)
-        if self.rank == 0 and self.lines < state.get("lines", 0):
+        if self.rank == 0 and self.lines < lines:
             print(
-                f"warning: {self.out / 'metrics.jsonl'}: {state['lines'] - self.lines} of "
-                f"{state['lines']} lines before step {step} are lost; the log has a gap, the run not",
+                f"warning: {self.out / 'metrics.jsonl'}: {lines - self.lines} of {lines} lines before "
+                f"step {step} are lost; the log has a gap, the run not",
                 flush=True,
             )
-            self.lines = state["lines"]
-        if self.rank == 0:
-            print(f"resumed from step {step}", flush=True)
+            self.lines = lines
+        say(f"resumed from step {step}")
         return step
 
     def newest(self) -> tuple[Path, dict | None]:
@@ -403,15 +394,14 @@ class Run:
         except InputError as error:
             if not previous.is_file():
                 raise
-            if self.rank == 0:
-                print(f"{error}; going on from {previous}", flush=True)
+            say(f"{error}; going on from {previous}")
         return previous, deeplab.read(previous)
 
     def restore(self, state: dict) -> int:
         """Takes over the content of a checkpoint; returns its step. Raises ValueError or what torch
         raises where it does not fit."""
         step = state["step"]
-        if state.get("run", run_identity(self.s)) != run_identity(self.s):
+        if state["run"] != run_identity(self.s):
             raise ValueError("its run had other settings")
         if type(step) is not int or not 0 <= step <= self.s.steps:
             raise ValueError(f"it is of step {step!r}, the run has {self.s.steps}")
@@ -421,7 +411,7 @@ class Run:
         if self.rank:
             own = state | state["others"][self.rank - 1]
         self.history, self.names = [row.to(self.device) for row in own["history"]], state["names"]
-        self.scores, self.before = state.get("scores", []), state.get("before")
+        self.scores, self.before = state["scores"], state["before"]
         for name, part in self.parts.items():
             part.load_state_dict(own[name])
         if self.rank:
@@ -739,20 +729,18 @@ def run_folder(s) -> Path:
     return Path(s.out or default_folder(dataclasses.asdict(s)))
 
 
-def prepare(s) -> Path:
-    """Makes the run's folder and its config.json; refuses to mix two runs, or a resumed run with
+def prepare(s, out: Path) -> None:
+    """Makes config.json in the run's folder `out`; refuses to mix two runs, or a resumed run with
     other settings, and a folder whose files no config.json explains (InputError)."""
-    out = run_folder(s)
     config = out / "config.json"
     if config.is_file():
         check_same_run(s, out)
-        return out
+        return
     if foreign := [name for name in TRACES if (out / name).exists()]:
         raise InputError(
             f"{out} holds {', '.join(foreign)} but no config.json: nobody knows of which run; restore "
             "config.json, or give another --out"
         )
-    out.mkdir(parents=True, exist_ok=True)
     versions = {
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -771,7 +759,6 @@ def prepare(s) -> Path:
         "toy": s.root == "toy",
     }
     write_atomic(config, json.dumps(record, indent=1))
-    return out
 
 
 def check_same_run(s, out: Path) -> None:

@@ -1,7 +1,7 @@
 """CBST's thresholds and pseudo-labels, STAL's pseudo-labels and teacher. What is labelled unasked?
 
-    from alda.selftraining import cbst_thresholds, cbst_pseudo_labels, target_portion
-    thresholds = cbst_thresholds((softmax_of(image) for image in target), target_portion(0))   # (C,) confidences exp(-k_c)
+    from alda.selftraining import cbst_thresholds, cbst_pseudo_labels
+    thresholds = cbst_thresholds((softmax_of(image) for image in target), portion=0.2)   # (C,) confidences exp(-k_c)
     labels = cbst_pseudo_labels(softmax_of(image), thresholds)               # (H,W) uint8 train ids, 255 = ignore
 
     from alda.selftraining import update_teacher, reliable_pseudo_labels, drop_share
@@ -315,26 +315,17 @@ def _gaussian(length: int, sigma: float) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------- schedules
 
 
-def target_portion(
-    number: int, start: float = 0.2, step: float = 0.05, maximum: float = 0.5
-) -> float:
-    """Share of each class's predictions that become pseudo-labels in round `number` = 0, 1, 2, ...:
-    20 % + 5 % to 50 %."""
+def portion_of_round(number: int, start: float, step: float, maximum: float) -> float:
+    """A share in round `number` = 0, 1, 2, ... of CBST: of each class's predictions that become
+    pseudo-labels (20 % + 5 % to 50 %), or of the source images that are trained on (3 % + 0.25 % to
+    6 %)."""
     return round(min(start + step * number, maximum), 9)
 
 
-def source_portion(
-    number: int, start: float = 0.03, step: float = 0.0025, maximum: float = 0.06
-) -> float:
-    """Share of the source images that are trained on in round `number` = 0, 1, 2, ...: 3 % + 0.25 %
-    to 6 %."""
-    return round(min(start + step * number, maximum), 9)
-
-
-def cbst_learning_rate(base: float, number: int) -> float:
-    """base / sqrt(2)^number: CBST's official code (from 1e-4); CRST's keeps the base (5e-5) in all
-    rounds."""
-    return base / math.sqrt(2) ** number
+def cbst_rate(number: int) -> float:
+    """The factor of the learning rate in round `number` = 0, 1, 2, ...: 1 / sqrt(2)^number, CBST's
+    official code (from 1e-4); CRST's keeps its rate (5e-5) in all rounds."""
+    return 1 / math.sqrt(2) ** number
 
 
 # ------------------------------------------------------------------------------------- patch mining

@@ -51,7 +51,14 @@ from alda.datasets import (
     truth_inside,
 )
 from alda.distributed import all_reduce, broadcast_buffers, rank_and_world
-from alda.losses import MemoryBank, contrastive_sets, ohem_cross_entropy, weighted_consistency
+from alda.losses import (
+    MemoryBank,
+    contrastive_sets,
+    ohem_cross_entropy,
+    pick,
+    places,
+    weighted_consistency,
+)
 from alda.run import Run, transform_of
 from alda.selftraining import percentile, reliable_pseudo_labels, update_teacher
 from alda.settings import Settings
@@ -114,17 +121,16 @@ def draw(chances: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
 
 def keep_by_class(
-    prediction: torch.Tensor, confidence: torch.Tensor, u: torch.Tensor, power: float = 1.0
+    prediction: torch.Tensor, confidence: torch.Tensor, u: torch.Tensor
 ) -> torch.Tensor:
     """Which pixels the unlabelled loss keeps: prediction (N,H,W) of the student, u the same shape
     -> (N,H,W) bool.
 
-    AEL: a pixel predicted as c is kept with chance ((1 - confidence_c) / max_d (1 -
-    confidence_d))^power, so that the least confident class is kept whole. Each image has its own
-    random numbers.
+    AEL: a pixel predicted as c is kept with chance (1 - confidence_c) / max_d (1 - confidence_d), so
+    that the least confident class is kept whole. Each image has its own random numbers.
     """
     weakness = (1 - confidence).clamp(min=0)
-    rate = (weakness / weakness.amax().clamp(min=1e-12)) ** power
+    rate = weakness / weakness.amax().clamp(min=1e-12)
     return u >= (1 - rate)[prediction.long()]
 
 
@@ -188,11 +194,9 @@ class ImageBank:
 
 
 def nth(mask: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """The place of the floor(u * n)-th of the n Trues of `mask` (P,), a 0-dim int64; 0 where there
+    """The place of the floor(u * n)-th of the n Trues of `mask` (P,), a 0-dim int64; any where there
     is none."""
-    running = mask.cumsum(0)
-    before = (u * running[-1]).floor().clamp(max=running[-1] - 1)
-    return (running <= before).sum().clamp(max=len(mask) - 1)
+    return places(mask[None], pick(u, mask.sum()).view(1, 1))[0, 0]
 
 
 def class_box(
@@ -284,11 +288,11 @@ class Partners:
     """
 
     def __init__(self, s: Settings, target: SegmentationDataset, device: torch.device):
-        self.s, self.device, self.rank = s, device, rank_and_world()[0]
-        seed = mix_seed(s.seed, 30, self.rank)
+        rank, world = rank_and_world()
+        self.device, self.batch = device, s.batch // world  # images of this process
+        seed = mix_seed(s.seed, 30, rank)
         self.view = TrainingView(target, transform_of(s, 2), seed, partial(truth_inside, target))
         self.pool = ThreadPoolExecutor(max(1, s.workers))
-        self.batch = s.batch // rank_and_world()[1]  # of this process
         self.reset()
 
     def reset(self) -> None:
@@ -494,7 +498,7 @@ def predicted(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return logits[: len(truth)].argmax(1).masked_fill(truth == IGNORE, IGNORE)
 
 
-def paste(s: Settings, batch: list, others: list | None, confidence, generator):
+def paste(batch: list, others: list | None, confidence, generator):
     """Images and labels of a labelled batch, up to three classes of another image pasted over half of
     them.
 
@@ -553,7 +557,7 @@ def taught(s: Settings, run: Run, teacher, batch, drop: float, generator) -> lis
 
 
 @torch.no_grad()
-def follow(teacher, student, step: int, decay: float) -> None:
+def update_teacher_and_buffers(teacher, student, step: int, decay: float) -> None:
     """After step `step` of a run with --teacher: the mean teacher's parameters move towards the
     student's, and its batch norm takes over the student's running statistics (it sees no image in
     train mode, unlike STAL's): of the first process, for it labels in eval mode in every one."""

@@ -7,19 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_losses import close
 
 from alda import acquisition as A
 
 GOLDEN = Path(__file__).parent / "golden"
-
-
-def close(found, expected, tolerance, what=""):
-    found, expected = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
-    gap = (found - expected).abs()
-    print(f"{what}: max gap {gap.max():.2e}, mean {gap.mean():.2e}")
-    assert gap.max() <= tolerance, (
-        f"{what}: max gap {gap.max():.3e} mean {gap.mean():.3e}, allowed {tolerance}"
-    )
 
 
 def random_logits(c, h, w, seed=0, smooth=4):
@@ -429,7 +421,10 @@ def test_two_processes_give_the_picks_of_one(tmp_path):
     generator = torch.Generator().manual_seed(0)
     scores = {f"image{i}": (torch.rand(20, 30, generator=generator) * 40).floor() for i in range(7)}
     torch.save(scores, tmp_path / "scores.pt")
-    torch.multiprocessing.spawn(_share, (2, str(tmp_path), 150), nprocs=2)
+    # forked, not spawned: children that import torch anew take 10 s on a busy machine
+    torch.multiprocessing.start_processes(
+        _share, (2, str(tmp_path), 150), nprocs=2, start_method="fork"
+    )
     (first, threshold), (second, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     alone = budgeted(scores, 150, 1)
     expected = alone.select()

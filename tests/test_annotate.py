@@ -206,7 +206,7 @@ def test_too_long_an_answer_is_not_read(serve):
         assert body[0] == 413
 
 
-def test_each_answer_is_on_disk_before_the_reply(serve, tmp_path):
+def test_each_answer_is_on_disk_before_the_reply(serve):
     server = serve("pixel")
     name, question = server.round.images[0]
     status, told = post(
@@ -252,7 +252,7 @@ def test_two_tabs_do_not_overwrite_each_other(serve):
     assert sorted(statuses) == [200] + [409] * 11
 
 
-def test_answers_of_another_tool_are_left_alone(serve, tiny_world):
+def test_answers_of_another_tool_are_left_alone(serve):
     server = serve("pixel")
     answers = server.round.folder / "answers"
     for (name, _), ending in zip(server.round.images[:2], ("_labelIds.png", ".json"), strict=False):
@@ -511,7 +511,7 @@ def test_a_round_answered_in_a_browser_equals_the_ground_truth(
 
 
 @pytest.mark.slow
-def test_the_page_by_keyboard(browser, serve, tiny_world):
+def test_the_page_by_keyboard(browser, serve):
     """Next and back, undo, the next open one, two tabs, a server that is gone."""
     server = serve("pixel")
     browser.open(server.address)
@@ -626,7 +626,7 @@ def test_an_answer_that_was_not_taken_back_can_be(browser, serve, monkeypatch):
 
 
 @pytest.mark.slow
-def test_regions_and_whole_images_by_keyboard(browser, serve, tiny_world):
+def test_regions_and_whole_images_by_keyboard(browser, serve):
     server = serve("region")
     browser.open(server.address)
     browser.until("document.body.dataset.drawn === 'true'")

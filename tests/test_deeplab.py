@@ -73,12 +73,9 @@ def recipe(name, shape):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread_and_memory_freed():
-    """One thread is the faster choice for maps this small on a busy machine; the weights take 0.5 GB."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def memory_freed():
+    """The weights take 0.5 GB."""
     yield
-    torch.set_num_threads(threads)
     recipe.cache_clear()
 
 

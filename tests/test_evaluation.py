@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from test_pictures import no_space
 
 from alda import InputError, deeplab
 from alda import evaluation as E
@@ -179,7 +180,7 @@ def test_protocols_say_what_they_did():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_world):
+def run(tmp_path_factory):
     """A checkpoint of an untrained network, and the world it is scored on."""
     folder = tmp_path_factory.mktemp("run")
     network = {"net": "deeplabv2", "backbone": "resnet18", "batch_norm": "live"}
@@ -271,7 +272,7 @@ def test_predictions_of_acdc_are_train_ids(tiny_world, tmp_path):
     assert (np.array(Image.open(path)) == prob.argmax(0).numpy()).all()
 
 
-def test_predict_command_writes_cityscapes_ids(run, tiny_world, capsys, tmp_path):
+def test_predict_command_writes_cityscapes_ids(run, tiny_world, tmp_path):
     arguments = [
         "predict",
         str(run[0]),
@@ -289,11 +290,6 @@ def test_predict_command_writes_cityscapes_ids(run, tiny_world, capsys, tmp_path
     ids = np.array(Image.open(files[0]))
     assert ids.shape == samples[0].size and ids.dtype == np.uint8
     assert set(np.unique(ids)) <= {c.cityscapes_id for c in CLASSES}
-
-
-def no_space(descriptor):
-    """A disk that is full when a file is flushed to it."""
-    raise OSError(28, "No space left on device")
 
 
 def test_a_full_disk_leaves_scores_and_predictions_as_they_were(

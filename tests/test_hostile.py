@@ -456,21 +456,6 @@ def rounds_on_disk():
     for image_id in ("../x", "../../x", "/tmp/hostile-x", "a/b", "..", "", "a\\b", "a\0b", ".x"):
         yield "answers", f"image id {image_id!r}", asked(image_id), "file name", 2
 
-    def old_answer(place):
-        rounds = annotation.Rounds(place.copy("stopped") / "rounds")
-        path = rounds.path(1) / "round.json"
-        record = json.loads(path.read_text())
-        record.pop("files", None)
-        replace(path, json.dumps(record))
-        image = next(iter(record["images"]))
-        values = np.array(Image.open(rounds.path(1) / f"answers/{image}.png"))
-        values[0, 0] = 77
-        (rounds.path(1) / f"answers/{image}.png").unlink()
-        Image.fromarray(values).save(rounds.path(1) / f"answers/{image}.png")
-        return spoken(lambda: rounds.labels(image, values.shape) is None)
-
-    yield "answers", "id 77 in an answer of an earlier version", old_answer, "train ids", 2
-
 
 def checkpoints():
     def spoilt(spoil, previous=True, out="stopped"):

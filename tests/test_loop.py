@@ -3,10 +3,7 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -343,21 +340,6 @@ def check_loops(out, result, switches, world):
     assert ("bank" in metric_lines(out)[0]) == ("contrastive" in expected)
 
 
-def test_stal_asks_for_the_most_uncertain_images_of_each_group(tiny_world, tmp_path, monkeypatch):
-    """With made-up scores: in the second loop the quota of a group goes to its highest scores."""
-    scores = iter([0.3, 0.9, 0.1, 0.8])
-    monkeypatch.setattr(acquisition, "image_uncertainty", lambda prob: torch.tensor(next(scores)))
-    assert loop.main(arguments(tiny_world, tmp_path, strategy="stal", steps=4)) == 0
-    target, rounds = open_dataset("cityscapes", tiny_world, "train"), Rounds(tmp_path / "rounds")
-    first, second = rounds.record(1)["images"], rounds.record(2)
-    left = [s for s in target.samples if s.id not in first]
-    sizes = {g: sum(s.group == g for s in left) for g in dict.fromkeys(s.group for s in left)}
-    (group,) = [g for g, quota in acquisition.split_by_group(sizes, 1).items() if quota]
-    given = {s.id: v for s, v in zip(left, [0.3, 0.9, 0.1, 0.8], strict=True) if s.group == group}
-    assert list(second["images"]) == [max(given, key=given.get)]
-    assert second["scores"] == pytest.approx({max(given, key=given.get): max(given.values())})
-
-
 def test_the_story_of_stal_is_of_an_image_that_was_asked(tiny_world, tmp_path, monkeypatch):
     def last(sizes, count):  # of the six cities with an image each
         return {group: int(i >= len(sizes) - count) for i, group in enumerate(sizes)}
@@ -376,34 +358,6 @@ def test_images_due_are_the_published_ones():
     assert loop.images_due(s, 2975) == [30, 35, 84]
     with pytest.raises(InputError, match="every loop needs one"):
         loop.images_due(s, 20)
-
-
-def test_stal_on_two_processes(tiny_world, tmp_path, capsys):
-    """torchrun on a CPU: one run folder, rounds as of one process, and the student's gradients are averaged."""
-    options = {"strategy": "stal", "steps": 4, "net": "deeplabv3plus", "threads": 1, "batch": 4}
-    words = arguments(tiny_world, tmp_path / "out", **options)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--standalone",
-        "-m",
-        "alda.loop",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *words], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("last checkpoint, teacher") == 1 and "2 processes (cpu)" in done.stdout
-    result = json.loads((tmp_path / "out/result.json").read_text())
-    assert result["budget"]["images"] == 3 and result["images"] == 3
-    assert (
-        loop.main([*words, "--resume"]) == 2
-        and "started with 2 processes" in capsys.readouterr().err
-    )
 
 
 def test_pseudo_labels_are_a_loss_of_their_own():

@@ -12,7 +12,9 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def close(found, expected, tolerance, what=""):
-    gap = (torch.as_tensor(found).double() - torch.as_tensor(expected).double()).abs()
+    """Prints the largest gap of two tensors, arrays or lists, and fails where it is above `tolerance`."""
+    found, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (found, expected))
+    gap = (found - expected).abs()
     print(f"{what}: max gap {gap.max():.2e}, mean {gap.mean():.2e}")
     assert gap.max() <= tolerance, (
         f"{what}: max gap {gap.max():.3e} mean {gap.mean():.3e}, allowed {tolerance}"

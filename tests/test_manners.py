@@ -458,7 +458,7 @@ def test_a_start_that_fails_leaves_no_folder(wrong, tiny_world, tmp_path, monkey
     assert Path("notes/mine.txt").read_text() == "mine"
 
 
-def test_a_failed_start_removes_no_folder_that_another_takes(tiny_world, tmp_path, monkeypatch):
+def test_a_failed_start_removes_no_folder_that_another_takes(tmp_path, monkeypatch):
     """Between the removal of run.lock and of its folder another start may come."""
     out, other = tmp_path / "out", []
     real = Path.unlink

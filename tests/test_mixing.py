@@ -95,13 +95,13 @@ def test_weak_classes_are_drawn_more_often(tiny_world):
 def test_up_to_three_classes_are_pasted_on_half_of_the_images():
     """Three draws with replacement among 14 alike: 3, 2 or 1 different ones in 14*13*12, 3*14*13 and
     14 of 14^3 cases."""
-    s, generator = settings_for({"strategy": "stal"}), torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     labels = torch.zeros(2, 1, 19, dtype=torch.uint8)
     images = torch.zeros(2, 3, 1, 19)
     other = [torch.ones(2, 3, 1, 19), torch.arange(19, dtype=torch.uint8).expand(2, 1, 19).clone()]
     number = torch.zeros(4)
     for _ in range(1000):
-        mixed, found = paste(s, [images, labels], other, torch.zeros(19), generator)
+        mixed, found = paste([images, labels], other, torch.zeros(19), generator)
         for n in range(2):
             classes = found[n, 0][mixed[n, 0, 0] == 1].tolist()
             assert set(classes) <= set(COPY_PASTE_CLASSES)
@@ -110,7 +110,7 @@ def test_up_to_three_classes_are_pasted_on_half_of_the_images():
     expected = np.array([0.5, *(np.array([14, 3 * 14 * 13, 14 * 13 * 12]) / 14**3 / 2)])
     print(f"0, 1, 2, 3 classes: {(number / 2000).tolist()}, expected {expected.round(3).tolist()}")
     np.testing.assert_allclose(number / 2000, expected, atol=0.035)
-    assert paste(s, [images, labels], None, torch.zeros(19), generator)[0] is images
+    assert paste([images, labels], None, torch.zeros(19), generator)[0] is images
 
 
 def test_image_logits_and_truth_are_cut_with_one_box():

@@ -359,7 +359,7 @@ def test_a_changed_question_is_noticed(waiting, capsys):
     assert loop.main([*words, "--resume"]) == 2 and "sha256" in capsys.readouterr().err
 
 
-def test_people_are_in_the_comparison(waiting, tiny_world, unlabelled, tmp_path, capsys):
+def test_people_are_in_the_comparison(waiting, tiny_world, tmp_path, capsys):
     words, out, folder, record = waiting
     as_files(tiny_world, folder, record, "labelme")
     path = folder / "answers" / f"{next(iter(record['images']))}.json"

@@ -60,7 +60,7 @@ def test_single_answers_are_seen_in_a_small_panel():
     """Of 2048 columns a panel of 330 shows every sixth: one answer of class 0 and one of class 5."""
     answers = torch.full((1024, 2048), 255, dtype=torch.uint8)
     answers[500, 1000], answers[500, 1100] = 0, 5
-    shown = np.array(P.sheet({"image": IMAGE, "answers": P.widened(answers)}, legend=False))
+    shown = np.array(P.sheet({"image": IMAGE, "answers": P.widened(answers)}))
     panel = shown[18 : 18 + 165, 672:1002].reshape(-1, 3)
     for label in (0, 5):
         assert 16 <= (panel == CLASSES[label].colour).all(1).sum() <= 36, label

@@ -208,7 +208,7 @@ def test_a_teacher_is_the_same_after_a_resume(tiny_world, tmp_path):
             assert torch.equal(value, states[1][name][key]), (name, key)
 
 
-def test_a_restart_finds_nothing_of_the_start_before(tmp_path):
+def test_a_restart_finds_nothing_of_the_start_before():
     """torchrun's store outlives its processes: those of another start are never met."""
     store = torch.distributed.HashStore()
     for start in range(3):
@@ -218,6 +218,19 @@ def test_a_restart_finds_nothing_of_the_start_before(tmp_path):
         found[0].set("address", f"{start}")
         assert [part.get("address") for part in found] == [f"{start}".encode()] * 3
         store.set("hello/1", f"killed {start}")  # before it was welcomed
+
+
+def test_stal_on_two_processes(tiny_world, tmp_path, capsys):
+    """One run folder, one report; a resume needs as many processes."""
+    options = {"strategy": "stal", "steps": 4, "net": "deeplabv3plus", "threads": 1, "batch": 4}
+    words = arguments(tiny_world, tmp_path / "out", **options)
+    done = torchrun(words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("last checkpoint, teacher") == 1 and "2 processes (cpu)" in done.stdout
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert result["budget"]["images"] == 3 and result["images"] == 3
+    assert loop.main([*words, "--resume"]) == 2
+    assert "started with 2 processes" in capsys.readouterr().err
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tiny_world, tmp_path):

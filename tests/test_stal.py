@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_loop import arguments, assert_same_bits, metric_lines, state_of
+from test_losses import close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alda import InputError, loop
@@ -21,14 +22,6 @@ from alda.datasets import CLASS_SETS, NAMES, open_dataset, resize_image, resize_
 from alda.settings import settings_for
 
 GOLDEN = Path(__file__).parent / "golden"
-
-
-def close(found, expected, tolerance, what=""):
-    gap = (torch.as_tensor(found).double() - torch.as_tensor(expected).double()).abs()
-    print(f"{what}: max gap {gap.max():.2e}, mean {gap.mean():.2e}")
-    assert gap.max() <= tolerance, (
-        f"{what}: max gap {gap.max():.3e} mean {gap.mean():.3e}, allowed {tolerance}"
-    )
 
 
 def recorded(name):
@@ -872,7 +865,7 @@ def test_a_run_with_a_teacher(tiny_world, tmp_path):
     scored = next(line for line in lines if line["step"] == 8 and "mIoU19" in line)
     for who in (lambda scores: scores, lambda scores: scores["student"]):  # one curve, to its end
         assert who(scored)["mIoU19"] == who(result)["mIoU19"]
-    real, steps = loop.follow, []
+    real, steps = loop.update_teacher_and_buffers, []
 
     def killed(teacher, student, step, decay):
         steps.append(step)
@@ -880,12 +873,12 @@ def test_a_run_with_a_teacher(tiny_world, tmp_path):
             raise SystemExit
         real(teacher, student, step, decay)
 
-    loop.follow = killed
+    loop.update_teacher_and_buffers = killed
     try:
         with pytest.raises(SystemExit):
             loop.main(arguments(tiny_world, part, **options))
     finally:
-        loop.follow = real
+        loop.update_teacher_and_buffers = real
     assert loop.main([*arguments(tiny_world, part, **options), "--resume"]) == 0
     assert_same_bits(state_of(part)["teacher"], state["teacher"])
     with pytest.raises(InputError, match="--teacher goes with"):
