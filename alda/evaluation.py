@@ -58,6 +58,7 @@ from alda.datasets import (
 from alda.distributed import all_reduce, broadcast_buffers, share
 from alda.run import one_line_errors
 from alda.settings import MAY_CHANGE
+from alda.toy import is_toy
 
 # ------------------------------------------------------------------------------------------ measure
 
@@ -229,13 +230,15 @@ def probabilities(model, images: torch.Tensor, size, device, mirror: bool) -> to
 
 
 TOGETHER = {"cpu": 1}  # images that pass together where nothing is trained; elsewhere 4
+PIXELS = 4 * 1024 * 2048  # and no more than four of Cityscapes have: of larger ones fewer
 
 
 def same_sized(pairs, device: torch.device):
     """Yields (things, images (N,3,H,W)) of (thing, image (3,H,W)) pairs in their order, N of one size
     together: one by one on a CPU, which gains nothing by more."""
-    several, most = [], TOGETHER.get(device.type, 4)
+    several = []
     for pair in pairs:
+        most = min(TOGETHER.get(device.type, 4), max(1, PIXELS // pair[1][0].numel()))
         if several and (len(several) == most or pair[1].shape != several[0][1].shape):
             yield [thing for thing, _ in several], torch.stack([image for _, image in several])
             several = []
@@ -734,7 +737,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        with one_line_errors("take a smaller --size, or --device cpu"):
+        with one_line_errors("take a smaller --size, smaller photographs or --device cpu"):
             return compare(args) if args.command == "compare" else _command(args)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -784,7 +787,8 @@ def _command(args: argparse.Namespace) -> int:
         args.tgt or run.get("tgt", "cityscapes"), root, args.split, args.command == "score"
     )
     name = args.protocol or run.get("protocol", "ripu")
-    size = args.size or run.get("test_size") or (run.get("target_size") if name == "ripu" else None)
+    own = run.get("test_size") if name == run.get("protocol") else None
+    size = args.size or own or (run.get("target_size") if name == "ripu" else None)
     if args.size and PROTOCOLS[name].window:
         raise InputError(
             f"--size {args.size} with the protocol {name}: it tests at full resolution"
@@ -806,7 +810,7 @@ def _command(args: argparse.Namespace) -> int:
         **evaluate(model, dataset, protocol, device),
         "checkpoint": str(args.checkpoint),
         "which": args.which or "as reported",
-        "toy": root == "toy",
+        "toy": is_toy(root),
         **({"finished": False} if unfinished(args.checkpoint, scored) else {}),
     }
     print(TOY_MARK * result["toy"] + describe(result))

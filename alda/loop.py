@@ -454,7 +454,7 @@ def train_source(s: Settings, out: Path, device: torch.device) -> Settings:
         with ready_folder(own, out / "source") if is_first() else nullcontext():
             result = train_queries(own, run_folder(own), device)
         if is_first():
-            result = {"strategy": "source-only", "toy": s.root == "toy", **result}
+            result = {"strategy": "source-only", "toy": toy.is_toy(s.root), **result}
             write_atomic(written, json.dumps(result, indent=1))
         say(f"source-only: mIoU19 {100 * result['mIoU19']:.2f}")
         barrier()
@@ -597,7 +597,7 @@ def loop_batches(s: Settings, source, target, rounds: Rounds, number: int, step:
     those that no loss reads.
 
     Labelled: all source images and the target images with labels, these repeated to as many as stay
-    unlabelled (2,975 - n of Cityscapes), as in STAL's configurations. Pasted: images of the same
+    unlabelled (2,975 - n of Cityscapes), as in STAL's configurations; all of them where fewer do. Pasted: images of the same
     list, at a scale of their own (0.1 to 2), to copy classes from. Unlabelled: the other target
     images, whose truth comes along for the log's accuracy and to know what is padding.
     """
@@ -615,7 +615,8 @@ def loop_batches(s: Settings, source, target, rounds: Rounds, number: int, step:
         TrainingView(source, transform_of(s, 1, scale=small), seeds[3]),
         TrainingView(target, transform_of(s, 2, scale=small), seeds[4], bought),
     ]
-    repeated = [known[i % len(known)] for i in range(len(unknown))] if known else []
+    number_of_known = max(len(known), len(unknown)) if known else 0
+    repeated = [known[i % len(known)] for i in range(number_of_known)]
     entries = [(0, i) for i in range(len(source))] + [(1, i) for i in repeated]
     labelled = mixed_batches(s, views, entries, step, mix_seed(s.seed, 24, number))
     pasted = unlabelled = None
@@ -814,7 +815,7 @@ def ready_folder(s: Settings, out: Path):
 def run_strategy(s: Settings, out: Path, device: torch.device) -> None:
     """Runs the strategy's loop; the first process writes result.json and prints the scores."""
     rank, world = rank_and_world()
-    mark = "TOY " if s.root == "toy" else ""
+    mark = "TOY " * toy.is_toy(s.root)
     epochs = s.epochs and s.strategy not in SCHEDULED
     length = f"{s.epochs} epochs a round" if epochs else f"{s.steps} steps"
     where = f"{device}" if world == 1 else f"{world} processes ({device.type})"
@@ -824,7 +825,7 @@ def run_strategy(s: Settings, out: Path, device: torch.device) -> None:
     loops = {"stal": train_stal, **dict.fromkeys(SELF_TRAINING, train_cbst)}
     train = loops.get(s.strategy, train_queries)
     with one_line_errors():
-        result = {"strategy": s.strategy, "toy": s.root == "toy", **train(s, out, device)}
+        result = {"strategy": s.strategy, "toy": toy.is_toy(s.root), **train(s, out, device)}
     if rank == 0:
         write_atomic(out / "result.json", json.dumps(result, indent=1))
         which = "last checkpoint" + (", teacher" if "student" in result else "")

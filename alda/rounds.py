@@ -306,7 +306,7 @@ def report_choice(s: Settings, number: int, chosen: Chosen) -> None:
             f"within --radius {s.radius} of one that was asked; give a smaller --radius or budget",
             flush=True,
         )
-    elif score_0 > 0.5:
+    elif score_0 > 0.5 and s.radius:
         print(
             f"warning: more than half of the picks of round {number} have score 0: the network sees "
             "too few classes to tell regions apart; train longer before the first query (--query-steps)",

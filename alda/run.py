@@ -54,6 +54,7 @@ from alda.distributed import (
     say,
 )
 from alda.settings import MAY_CHANGE, QUERIES, default_folder
+from alda.toy import is_toy
 
 # what only a run writes: without a config.json beside it, nobody knows whose it is
 TRACES = ("checkpoints", "rounds", "pseudo", "source", "metrics.jsonl", "result.json")
@@ -395,7 +396,10 @@ class Run:
             if not previous.is_file():
                 raise
             say(f"{error}; going on from {previous}")
-        return previous, deeplab.read(previous)
+        state = deeplab.read(previous)
+        if self.rank == 0:  # never to be kept as the one before, in its place
+            write_atomic(last, previous.read_bytes())
+        return previous, state
 
     def restore(self, state: dict) -> int:
         """Takes over the content of a checkpoint; returns its step. Raises ValueError or what torch
@@ -530,8 +534,8 @@ def started_with(out: Path) -> str:
 
 @contextmanager
 def one_line_errors(
-    smaller="start with another --out and a smaller --batch, --crop, --source-size or --target-size, "
-    "or go on with --resume where there is more",
+    smaller="start with another --out and a smaller --batch, --crop, --source-size or --target-size "
+    "(in a query or score: smaller photographs), or go on with --resume where there is more",
 ):
     """Turns what torch raises when memory or a loading process is lost, anywhere in a loop, into
     InputError; `smaller` is what to do where memory is short."""
@@ -756,7 +760,7 @@ def prepare(s, out: Path) -> None:
         "processes": processes,
         "processes_here": int(here) if here.isdigit() else processes,  # on each machine
         "versions": {"alda": code_version(), "python": platform.python_version(), **versions},
-        "toy": s.root == "toy",
+        "toy": is_toy(s.root),
     }
     write_atomic(config, json.dumps(record, indent=1))
 

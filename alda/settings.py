@@ -742,8 +742,8 @@ def settings_for(given: dict) -> Settings:
         merged["epochs"] = 0
         if strategy in SELF_TRAINING and "source_steps" not in given:
             merged["source_steps"] = given["steps"]  # no hidden long training before a short one
-    if given.get("target_size") and "test_size" in merged:
-        merged["test_size"] = ""  # tested at the size that was given, as the other strategies
+    if given.get("target_size") or given.get("protocol", "ripu") != "ripu":
+        merged["test_size"] = ""  # tested as the other strategies, at the size that was given
     if "budget" in given and "pixels" in merged:
         merged["pixels"] = 0  # the share that was asked for, not the paper's 40 pixels
     return Settings(**{**merged, **given})
@@ -838,6 +838,8 @@ def parse(argv: list[str] | None) -> Settings:
             choices = meta["choices"] or None
             group.add_argument(name, type=field.type, help=text, choices=choices)
     given = vars(parser.parse_args(argv))
+    if str(Path(given.get("root", "data"))) == "toy":  # ./toy, toy/
+        given["root"] = "toy"
     s = settings_resumed(given) or settings_for(given)
     if os.environ.get("RANK", "0") == "0":
         for note in notes_on(given, s):
@@ -855,4 +857,6 @@ def notes_on(given: dict, s: Settings) -> list[str]:
         if s.crop_hw and largest and any(c > x for c, x in zip(s.crop_hw, largest, strict=True)):
             text = f"--crop {s.crop} is larger than --{name}-size {getattr(s, name + '_size')}"
             notes.append(f"{text} ever gets: every {name} image is padded")
+    if s.strategy in ("ripu", "ripu-pa", "cbda") and s.radius == 0:
+        notes.append("--radius 0: a region of one pixel has no impurity, so that every score is 0")
     return notes

@@ -906,6 +906,11 @@ def write(root: str | Path, seed: int = 0, counts: dict[str, int] = FULL) -> Pat
     return root
 
 
+def is_toy(root: str | Path) -> bool:
+    """Whether a data folder is the miniature world, by whatever name: every report of it says so."""
+    return (Path(root) / MARKER).is_file()
+
+
 def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
 

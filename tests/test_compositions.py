@@ -725,6 +725,17 @@ def test_what_a_loop_trains_on(monkeypatch, tmp_path):
     assert (views[1].labels_of(0) == NONE).all()  # nobody asked
 
 
+def test_no_bought_image_is_left_out_where_most_are_bought(monkeypatch, tmp_path):
+    target, store, seen = Colours(6), Rounds(tmp_path), []
+    with store.new(1) as new:
+        for n in (0, 1, 3, 5):
+            everything = torch.ones(12, 16, dtype=torch.bool)
+            new.add(f"i{n}", everything, ground_truth(target, n), 1, (12, 16))
+    monkeypatch.setattr(loop, "mixed_batches", lambda s, views, entries, *_: seen.append(entries))
+    loop.loop_batches(settings_for({"strategy": "stal"}), Colours(1), target, store, 1, 0)
+    assert seen[0] == [(0, 0), (1, 0), (1, 1), (1, 3), (1, 5)] and seen[2] == [(2, 2), (2, 4)]
+
+
 def test_the_published_configuration_of_stal():
     s = settings_for({"strategy": "stal"})
     assert (s.batch, s.source_size, s.target_size, s.crop) == (

@@ -223,16 +223,28 @@ def test_score_command_prints_number_and_protocol(run, tiny_world, capsys, tmp_p
         and "protocol whole (full resolution, no flip" in out
         and json_file.is_file()
     )
-    assert "TOY" not in out and json.loads(json_file.read_text())["toy"] is False
 
 
-def test_a_score_on_the_miniature_world_says_so(run, tiny_world, capsys, tmp_path, monkeypatch):
-    (tmp_path / "toy").symlink_to(tiny_world)
-    monkeypatch.chdir(tmp_path)
-    words = ["score", str(run[0]), "--root", "toy", "--size", "64x32", "--json", "score.json"]
+@pytest.mark.parametrize("toy", [True, False])
+def test_a_score_on_the_miniature_world_says_so(toy, run, tiny_world, capsys, tmp_path):
+    """By whatever name it has; other folders are none."""
+    root, path = tmp_path / "data", tmp_path / "score.json"
+    root.mkdir()
+    (root / "cityscapes").symlink_to(tiny_world / "cityscapes")
+    if toy:
+        root = tiny_world
+    words = ["score", str(run[0]), "--root", str(root), "--size", "64x32", "--json", str(path)]
     assert E.main(words) == 0
-    assert "TOY: numbers on the miniature world\n" in capsys.readouterr().out
-    assert json.loads(Path("score.json").read_text())["toy"] is True
+    assert ("TOY: numbers on the miniature world\n" in capsys.readouterr().out) == toy
+    assert json.loads(path.read_text())["toy"] is toy
+
+
+def test_large_photographs_pass_in_smaller_groups():
+    """Elsewhere than on a CPU: four of Cityscapes' size, of the larger as many as have its pixels."""
+    for size, number in (((1024, 2048), 4), ((2048, 2048), 2), ((4096, 4096), 1), ((64, 32), 4)):
+        pairs = [(n, torch.empty(1, dtype=torch.uint8).expand(3, *size)) for n in range(4)]
+        groups = E.same_sized(pairs, torch.device("cuda"))
+        assert [len(names) for names, _ in groups] == [number] * (4 // number)
 
 
 def test_memory_that_is_short_is_one_line(run, tiny_world, capsys, monkeypatch):

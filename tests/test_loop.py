@@ -197,6 +197,18 @@ def test_what_rounds_say_does_not_depend_on_lost_checkpoints(strategy, tiny_worl
     assert "mIoU19" in first["before"] and again | {"wall_s": 0} == first | {"wall_s": 0}
 
 
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one(tiny_world, tmp_path):
+    options = {"strategy": "source-only", "steps": 2, "checkpoint_every": 1}
+    words = arguments(tiny_world, tmp_path, **options)
+    assert loop.main(words) == 0
+    (tmp_path / "checkpoints/last.pt").write_bytes(b"broken")
+    (tmp_path / "result.json").unlink()
+    assert loop.main([*words, "--resume"]) == 0
+    for name, step in (("previous", 1), ("last", 2)):
+        state = torch.load(tmp_path / f"checkpoints/{name}.pt", weights_only=True)
+        assert state["step"] == step
+
+
 def test_a_cache_that_holds_a_part_says_so(tiny_world, tmp_path, capsys):
     options = {"strategy": "full", "steps": 2, "cache": tmp_path / "cache"}
     assert loop.main(arguments(tiny_world, tmp_path / "whole", **options)) == 0
@@ -761,7 +773,8 @@ def test_a_lost_network_asks_nothing(tiny_world, tmp_path, capsys, monkeypatch):
 
 
 def test_score_takes_the_settings_of_the_run(tiny_world, tmp_path, capsys):
-    assert loop.main(arguments(tiny_world, tmp_path, strategy="source-only", steps=2)) == 0
+    options = {"strategy": "source-only", "steps": 2, "test_size": "32x16"}
+    assert loop.main(arguments(tiny_world, tmp_path, **options)) == 0
     said = capsys.readouterr().out  # it draws no story
     assert said.splitlines()[-1] == f"run folder {tmp_path}"
     assert evaluation.main(["score", str(tmp_path), "--json", str(tmp_path / "again.json")]) == 0
@@ -769,6 +782,10 @@ def test_score_takes_the_settings_of_the_run(tiny_world, tmp_path, capsys):
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("result", "again")
     )
     assert first["protocol"] == again["protocol"] and first["IoU"] == again["IoU"]
+    assert "ripu (32x16" in capsys.readouterr().out
+    # another protocol has a size of its own
+    assert evaluation.main(["score", str(tmp_path), "--protocol", "whole"]) == 0
+    assert "whole (full resolution" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -813,6 +830,12 @@ def test_options_that_do_nothing_are_named(words, idle, capsys):
     assert capsys.readouterr().err == expected
     for field in dataclasses.fields(settings.Settings):
         assert set(field.metadata["read_by"]) <= set(settings.STRATEGIES), field.name
+
+
+def test_regions_of_one_pixel_are_told_of(capsys):
+    for strategy, told in (("cbda", True), ("entropy", False)):
+        settings.parse(["--strategy", strategy, "--radius", "0"])
+        assert ("--radius 0: a region of one pixel" in capsys.readouterr().err) == told
 
 
 def test_a_checkpoint_of_another_device_goes_on_here(tmp_path):

@@ -196,11 +196,19 @@ def test_the_miniature_world_and_real_data_have_folders_of_their_own():
         assert settings.default_folder(given) == folder  # where --resume looks
 
 
+@pytest.mark.parametrize("root", ["toy", "./toy", "toy/"])
+def test_the_miniature_world_is_meant_however_it_is_written(root):
+    s = settings.parse(["--root", root, "--strategy", "full"])
+    assert (s.root, s.steps) == ("toy", 300)
+
+
 def test_cbst_is_tested_at_the_target_size_that_is_given():
     for sizes, expected in (
         ({}, "1280x640"),
         ({"target_size": "96x48"}, ""),
         ({"target_size": "96x48", "test_size": "64x32"}, "64x32"),
+        ({"protocol": "whole"}, ""),  # 1280x640 is a size of the protocol ripu
+        ({"protocol": "whole", "test_size": "64x32"}, "64x32"),
     ):
         assert settings.settings_for({"strategy": "cbst", **sizes}).test_size == expected
 
