@@ -26,6 +26,7 @@ import math
 import re
 import statistics
 import sys
+import textwrap
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -330,7 +331,7 @@ def comparison(runs: list[str], mixed: bool = False) -> list[dict]:
     how good it is.
 
     Raises InputError for a run that has no result, and, unless `mixed`, for runs that were not
-    tested alike: another protocol, target dataset or number of images or classes.
+    tested alike: another protocol, target dataset, validation set or number of classes.
     """
     rows, shared, seeds = [], [], {}
     for run in runs:
@@ -340,6 +341,7 @@ def comparison(runs: list[str], mixed: bool = False) -> list[dict]:
             if not there:
                 hint = "give folders of finished runs (--out of alda.loop)"
                 raise InputError(f"{run}: holds no {name}; {hint}")
+        s = {**s, "data": data_of(run)}
         rows.append(comparison_row(str(run), checked_result(path), s))
         shared.append(recipe(s, own_start=False))
         seeds.setdefault(shared[-1], set()).add(s["seed"])
@@ -402,7 +404,7 @@ def comparison_row(run: str, result: dict, s: dict) -> dict:
     asked_for = s["budget"] if budget["asked"] else None
     if s["pixels"] and s.get("unit", "pixel") == "pixel":
         asked_for = f"{s['pixels']} px an image"
-    teacher = {}
+    teacher, validation = {}, s.get("data", {}).get("validation")
     if "student" in result:
         teacher = {"student mIoU19": _percent(result["student"]["mIoU19"])}
     return {
@@ -410,7 +412,8 @@ def comparison_row(run: str, result: dict, s: dict) -> dict:
         "strategy": strategy_text(result, s),
         "source": s["src"],
         "target": s["tgt"],
-        "tested on": f"{s['tgt']}, {result['images']} images, {present} classes",
+        "tested on": f"{s['tgt']}{f' ({validation})' * bool(validation)}, "
+        f"{result['images']} images, {present} classes",
         "protocol": result["protocol"],
         "network": f"{s['net']} {s['backbone']}",
         "seed": s["seed"],
@@ -435,8 +438,8 @@ def comparison_row(run: str, result: dict, s: dict) -> dict:
 
 
 def recipe(s: dict, own_start: bool = True) -> str:
-    """Eight letters that two runs share exactly when their settings are equal in everything but the
-    seed and what changes no result; a start (--init FILE, --source-free FILE) counts without the seed
+    """Eight letters that two runs share exactly when their settings and `data_of` are equal in
+    everything but the seed and what changes no result; a start (--init FILE, --source-free FILE) counts without the seed
     in its path where each seed has its `own_start`."""
     without = (*MAY_CHANGE, "seed", "eval_every", "checkpoint_every")
     kept = {name: value for name, value in s.items() if name not in without}
@@ -448,15 +451,18 @@ def recipe(s: dict, own_start: bool = True) -> str:
 
 
 def means_text(rows: list[dict]) -> str:
-    """A line for each recipe that ran with several seeds: mean and standard deviation of mIoU19."""
+    """A line for each recipe that ran with several seeds: mean and standard deviation of mIoU19. A seed
+    that ran several times counts once, with its mean."""
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(row["recipe"], []).append(row)
     lines = []
     for name, group in groups.items():
-        if len({row["seed"] for row in group}) > 1:
-            values = [row["mIoU19"] for row in group]
-            seeds = ", ".join(str(row["seed"]) for row in group)
+        scores: dict[int, list[float]] = {}
+        for row in group:
+            scores.setdefault(row["seed"], []).append(row["mIoU19"])
+        if len(scores) > 1:
+            values, seeds = [*map(statistics.mean, scores.values())], ", ".join(map(str, scores))
             mean, spread = statistics.mean(values), statistics.stdev(values)
             what = f"{group[0]['strategy']} ({name}, budget {group[0]['budget asked for']})"
             lines.append(
@@ -512,26 +518,34 @@ def new_figure():
     return figure, figure.subplots()
 
 
+ABOUT = ("source", "network", "tested on", "protocol")  # what the runs of one line share
+
+
 def comparison_picture(runs: list[str], rows: list[dict], path: Path, over: str = "budget") -> None:
     """mIoU19 over the share of target pixels asked, or `over` the "steps" (what --eval-every scored):
-    the mean over seeds in a band of +- their standard deviation; the runs are dots. Over budgets a line
-    is a strategy's (each point a recipe's), over steps a recipe's. What asks nobody, or has all labels,
-    is a level line for each recipe. Needs matplotlib (InputError)."""
+    the mean over seeds in a band of +- their standard deviation; the seeds are dots. Over budgets a line
+    is a strategy's (each point a recipe's), over steps a recipe's, at the steps where all its seeds were
+    scored. What asks nobody, or has all labels, is a level line for each recipe. Needs matplotlib
+    (InputError)."""
     figure, axes = new_figure()
-    alike = len({(row["source"], row["network"]) for row in rows}) == 1
-    lines: dict[str, dict] = {}  # name: {(place, recipe): [(x, mIoU19) of each seed]}
+    facts = [key for key in ABOUT if len({row[key] for row in rows}) > 1]  # a line has one of each
+    lines: dict[str, dict] = {}  # name: {(place, recipe): {seed: [(x, mIoU19) of each run]}}
     for run, row in zip(runs, rows, strict=True):
-        name = row["strategy"] if alike else f"{row['strategy']}, {row['source']}, {row['network']}"
+        name = ", ".join([row["strategy"], *(row[key] for key in facts)])
         if over == "steps":
             budget = row["budget asked for"]
             name += f", budget {budget}" * (budget is not None) + f" ({row['recipe']})"
         for place, x, score in curve_points(Path(run), row, over):
-            points = lines.setdefault(name, {}).setdefault((place, row["recipe"]), [])
-            points.append((x, 100 * score))
+            points = lines.setdefault(name, {}).setdefault((place, row["recipe"]), {})
+            points.setdefault(row["seed"], []).append((x, 100 * score))
     curves = []
     for name, places in lines.items():
-        # means over runs that differ in the seed alone
-        groups = {key: [*zip(*points, strict=True)] for key, points in places.items()}
+        seeds = set().union(*places.values())
+        groups = {  # runs that differ in the seed alone; one that ran several times is their mean
+            key: [*zip(*map(mean_point, points.values()), strict=True)]
+            for key, points in places.items()
+            if over == "budget" or points.keys() == seeds
+        }
         level = over == "budget" and min(groups.values())[0][0] in (0, 100)
         if level and len(groups) > 1:
             curves += [(f"{name} ({key[1]})", [group], True) for key, group in groups.items()]
@@ -542,13 +556,18 @@ def comparison_picture(runs: list[str], rows: list[dict], path: Path, over: str 
     axes.set_xlabel("target pixels asked [%]" if over == "budget" else "steps")
     axes.set_xlim(left=0)
     axes.set_ylabel("mIoU19 [%]" + (" (TOY)" if any(row["toy"] for row in rows) else ""))
-    about = [f"{rows[0]['source']}, {rows[0]['network']}"] if alike else []
-    axes.set_title("; ".join(about + sorted({row["protocol"] for row in rows})), fontsize=8)
+    title = "; ".join(rows[0][key] for key in ABOUT if key not in facts)
+    axes.set_title(textwrap.fill(title, 90), fontsize=8)
     axes.legend(fontsize=6)
     kind = path.suffix.lstrip(".") or "png"
     if kind not in figure.canvas.get_supported_filetypes():
         raise InputError(f"--plot {path}: give a name that ends in .png, .pdf or .svg")
     write_output(path, lambda file: figure.savefig(file, format=kind, dpi=120))
+
+
+def mean_point(points: list[tuple[float, float]]) -> list[float]:
+    """[x, y]: the means of the points' coordinates."""
+    return [statistics.mean(values) for values in zip(*points, strict=True)]
 
 
 def draw_curve(axes, name: str, groups: list, level: bool, color: str) -> None:
@@ -557,8 +576,9 @@ def draw_curve(axes, name: str, groups: list, level: bool, color: str) -> None:
     means = [statistics.mean(y) for _, y in groups]
     spreads = [statistics.stdev(y) if len(y) > 1 else 0.0 for _, y in groups]
     low, high = ([m + sign * d for m, d in zip(means, spreads, strict=True)] for sign in (-1, 1))
-    seeds = max(len(y) for _, y in groups)
-    label = f"{name}, n = {seeds}" if seeds > 1 else name
+    seeds = sorted({len(y) for _, y in groups})
+    number = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
+    label = f"{name}, n = {number}" if seeds[-1] > 1 else name
     if level:
         axes.axhline(means[0], linestyle="--", label=label, color=color)
         axes.axhspan(low[0], high[0], color=color, alpha=0.1, linewidth=0)
@@ -766,6 +786,17 @@ def run_settings(path: str | Path) -> dict:
             f"{config}: {', '.join(wrong[:5])} missing or of another kind; restore it from a copy"
         )
     return settings
+
+
+def data_of(path: str | Path) -> dict[str, str]:
+    """{"source", "target", "validation": eight letters of the names, sizes and labels that the run of
+    `path` remembers of it}; {} for a run that remembers none."""
+    config, name = run_of(path) / "config.json", "sha256_without_photographs"
+    data = read_json(config).get("data", {})
+    kinds = {part: {name: str} for part in data} if isinstance(data, dict) else {}
+    if wrong := misfits(data, kinds, "data"):
+        raise InputError(f"{config}: {wrong[0]} missing or of another kind; restore it from a copy")
+    return {part: content[name][:8] for part, content in data.items()}
 
 
 def unfinished(path: str | Path, what: str) -> bool:

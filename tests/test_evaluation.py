@@ -607,6 +607,63 @@ def test_means_are_over_runs_that_differ_in_the_seed_alone(tmp_path):
     assert runs[0] in text and "18 classes" in text
 
 
+def with_config(run, data, **changes):
+    """Changes a finished run's settings, and gives it the sums of its `data`."""
+    path = Path(run) / "config.json"
+    s = json.loads(path.read_text())["settings"] | changes
+    sums = {part: {"sha256_without_photographs": 16 * letter} for part, letter in data.items()}
+    path.write_text(json.dumps({"settings": s, "data": sums}))
+
+
+def test_seeds_of_other_data_are_no_seeds_of_one_recipe(tmp_path, capsys):
+    runs = [finished(tmp_path / name, miou=m) for name, m in (("a", 0.4), ("b", 0.6))]
+    for seed, (run, target) in enumerate(zip(runs, "xy", strict=True)):
+        with_config(run, {"target": target, "validation": "v"}, seed=seed)
+    assert E.main(["compare", *runs]) == 0 and "n = 2" not in capsys.readouterr().out
+    with_config(runs[1], {"target": "x", "validation": "v"})
+    assert E.main(["compare", *runs]) == 0 and "n = 2" in capsys.readouterr().out
+    with_config(runs[1], {"target": "x", "validation": "w"})
+    assert E.main(["compare", *runs]) == 2
+    assert "cityscapes (vvvvvvvv), 4 images" in capsys.readouterr().err
+    (tmp_path / "b/config.json").write_text(
+        json.dumps({**json.loads((tmp_path / "a/config.json").read_text()), "data": {"target": 3}})
+    )
+    assert E.main(["compare", *runs]) == 2
+    assert "data.target missing or of another kind" in capsys.readouterr().err
+
+
+def test_a_seed_that_ran_twice_counts_once(tmp_path, capsys, figures):
+    scores = (0.3, 0.5, 0.6)
+    runs = [finished(tmp_path / f"{n}", miou=m) for n, m in enumerate(scores)]
+    with_config(runs[2], {}, seed=1)
+    assert E.main(["compare", *runs, "--plot", str(tmp_path / "x.png")]) == 0
+    assert "mIoU19 50.00 +- 14.14, n = 2, seeds 0, 1" in capsys.readouterr().out
+    line = figures[-1][1].lines[0]
+    assert line.get_ydata() == pytest.approx([50]) and "n = 2" in line.get_label()
+
+
+def test_lines_do_not_join_what_was_tested_otherwise(tmp_path, figures):
+    runs = [finished(tmp_path / "a"), finished(tmp_path / "b", images=5)]
+    with_config(runs[1], {}, tgt="acdc")
+    assert E.main(["compare", *runs, "--mixed", "--plot", str(tmp_path / "x.png")]) == 0
+    axes = figures[-1][1]
+    labels = [axes.lines[0].get_label(), axes.lines[2].get_label()]
+    assert ["cityscapes, 4" in labels[0], "acdc, 5" in labels[1]] == [True, True]
+    assert axes.get_title() == "gta5; deeplabv2 resnet18; ripu (64x32)"
+
+
+def test_a_curve_over_steps_has_all_seeds_at_each_point(tmp_path, figures):
+    runs = [finished(tmp_path / f"s{seed}", miou=m) for seed, m in enumerate((0.4, 0.6))]
+    for seed, (run, steps) in enumerate(zip(runs, ((2, 4, 6), (4,)), strict=True)):
+        with_config(run, {}, seed=seed)
+        lines = [{"step": step, "mIoU19": step / 10} for step in steps]
+        (Path(run) / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    words = ["compare", *runs, "--over", "steps", "--plot", str(tmp_path / "x.png")]
+    assert E.main(words) == 0
+    line = figures[-1][1].lines[0]
+    assert list(line.get_xdata()) == [4, 9] and line.get_ydata() == pytest.approx([40, 50])
+
+
 def test_compare_refuses_to_mix(tmp_path, capsys):
     runs = [
         finished(tmp_path / "a"),
