@@ -438,9 +438,9 @@ def comparison_row(run: str, result: dict, s: dict) -> dict:
 
 
 def recipe(s: dict, own_start: bool = True) -> str:
-    """Eight letters that two runs share exactly when their settings and `data_of` are equal in
-    everything but the seed and what changes no result; a start (--init FILE, --source-free FILE) counts without the seed
-    in its path where each seed has its `own_start`."""
+    """Eight letters that two runs share exactly when their data (`data_of`) and their settings are equal
+    in everything but the seed and what changes no result; a start (--init FILE, --source-free FILE)
+    counts without the seed in its path where each seed has its `own_start`."""
     without = (*MAY_CHANGE, "seed", "eval_every", "checkpoint_every")
     kept = {name: value for name, value in s.items() if name not in without}
     # a number of its own, not in gta5 or mobilenet_v2; of several the last: exp1/source-1/last.pt

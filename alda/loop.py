@@ -597,9 +597,10 @@ def loop_batches(s: Settings, source, target, rounds: Rounds, number: int, step:
     those that no loss reads.
 
     Labelled: all source images and the target images with labels, these repeated to as many as stay
-    unlabelled (2,975 - n of Cityscapes), as in STAL's configurations; all of them where fewer do. Pasted: images of the same
-    list, at a scale of their own (0.1 to 2), to copy classes from. Unlabelled: the other target
-    images, whose truth comes along for the log's accuracy and to know what is padding.
+    unlabelled (2,975 - n of Cityscapes), as in STAL's configurations; each once where fewer do.
+    Pasted: images of the same list, at a scale of their own (0.1 to 2), to copy classes from.
+    Unlabelled: the other target images, whose truth comes along for the log's accuracy and to know
+    what is padding.
     """
     rows = [row for n in range(1, number + 1) for row in rounds.record(n)["images"].items()]
     answered = {image for image, row in rows if row["labelled"]}  # not all: --accept-partial
