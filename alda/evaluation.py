@@ -231,12 +231,12 @@ def probabilities(model, images: torch.Tensor, size, device, mirror: bool) -> to
 
 
 TOGETHER = {"cpu": 1}  # images that pass together where nothing is trained; elsewhere 4
-PIXELS = 4 * 1024 * 2048  # and no more than four of Cityscapes have: of larger ones fewer
+PIXELS = 4 * 1024 * 2048  # what they may have in all: four of Cityscapes' size, fewer larger ones
 
 
 def same_sized(pairs, device: torch.device):
     """Yields (things, images (N,3,H,W)) of (thing, image (3,H,W)) pairs in their order, N of one size
-    together: one by one on a CPU, which gains nothing by more."""
+    together: one by one on a CPU, which gains nothing by more, elsewhere up to four (PIXELS)."""
     several = []
     for pair in pairs:
         most = min(TOGETHER.get(device.type, 4), max(1, PIXELS // pair[1][0].numel()))

@@ -616,8 +616,8 @@ def loop_batches(s: Settings, source, target, rounds: Rounds, number: int, step:
         TrainingView(source, transform_of(s, 1, scale=small), seeds[3]),
         TrainingView(target, transform_of(s, 2, scale=small), seeds[4], bought),
     ]
-    number_of_known = max(len(known), len(unknown)) if known else 0
-    repeated = [known[i % len(known)] for i in range(number_of_known)]
+    length = max(len(known), len(unknown)) if known else 0
+    repeated = [known[i % len(known)] for i in range(length)]
     entries = [(0, i) for i in range(len(source))] + [(1, i) for i in repeated]
     labelled = mixed_batches(s, views, entries, step, mix_seed(s.seed, 24, number))
     pasted = unlabelled = None

@@ -385,7 +385,8 @@ class Run:
         return step
 
     def newest(self) -> tuple[Path, dict | None]:
-        """(file, content) of the newest checkpoint that can be read, None where there is none yet."""
+        """(file, content) of the newest checkpoint that can be read, None where there is none yet. A
+        damaged last.pt becomes a copy of previous.pt."""
         last = self.out / "checkpoints" / "last.pt"
         previous = last.with_name("previous.pt")
         if not last.is_file() and not previous.is_file():
@@ -397,7 +398,7 @@ class Run:
                 raise
             say(f"{error}; going on from {previous}")
         state = deeplab.read(previous)
-        if self.rank == 0:  # never to be kept as the one before, in its place
+        if self.rank == 0:  # the next save would put the damaged file in the place of the good one
             write_atomic(last, previous.read_bytes())
         return previous, state
 

@@ -717,7 +717,7 @@ loop | parts | labelled images are unlabelled, too
 -enumerate(target.samples) if sample.id not in answered]
 +enumerate(target.samples)]
 loop | parts | asked images are not repeated
--repeated = [known[i % len(known)] for i in range(number_of_known)]
+-repeated = [known[i % len(known)] for i in range(length)]
 +repeated = known
 loop | parts | pasted images have the scale of the others
 -TrainingView(source, transform_of(s, 1, scale=small), seeds[3])
