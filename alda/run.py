@@ -539,11 +539,17 @@ def one_line_errors(
     "(in a query or score: smaller photographs), or go on with --resume where there is more",
 ):
     """Turns what torch raises when memory or a loading process is lost, anywhere in a loop, into
-    InputError; `smaller` is what to do where memory is short."""
+    InputError; `smaller` is what to do where memory is short. And where live batch norm is left a
+    single value: check_images_a_pass knows the number of images, not their size in the network."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ValueError) as error:
         text = " ".join(str(error).split())[:160]
+        if "more than 1 value per channel" in text:
+            raise InputError(
+                "live batch norm is left one value, of one image that the network shrinks to a pixel: "
+                "give a larger --batch, --crop, --source-size or --target-size, or --batch-norm frozen"
+            ) from None
         words = ("allocate memory", "out of memory", "ALLOC_FAILED")
         if isinstance(error, MemoryError) or any(word in text for word in words):
             raise InputError(f"out of memory ({text}); {smaller}") from None

@@ -588,6 +588,14 @@ def test_nobody_is_asked_by_a_run_that_cannot_train(tiny_world, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
+def test_an_image_of_one_pixel_in_the_network_ends_in_a_line(tiny_world, tmp_path, capsys):
+    options = {"strategy": "source-only", "net": "deeplabv2", "batch_norm": "live", "batch": 1}
+    sizes = {"source_size": "8x8", "target_size": "8x8"}
+    assert loop.main(arguments(tiny_world, tmp_path / "out", **options, **sizes)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: live batch norm is left one value") and error.count("\n") == 1
+
+
 def test_a_loss_that_is_not_finite_stops_with_all_of_them(tiny_world, tmp_path, capsys):
     assert (
         loop.main(arguments(tiny_world, tmp_path, strategy="ripu", lr=1e9, query_steps="6,7")) == 2
