@@ -18,6 +18,7 @@ SETTINGS = (
     ("miniature world", "evidence-toy.jsonl", ""),
     ("photographs, 1,000 steps, low rate", "evidence-real-160.jsonl", ":low-rate:long"),
     ("photographs, 2,000 steps, high rate", "evidence-real-160.jsonl", ":twice:long"),
+    ("photographs, 2,000 steps, low rate", "evidence-real-160.jsonl", ":twice:low-rate:long"),
 )
 BUDGETS = ("0.005", "0.01", "0.022", "0.05")
 # of Student's t, both sides together 5 %: so many standard errors, by n
